@@ -1,0 +1,1 @@
+"""What runs a graph: tensor specs, sessions, backends, and the bundle on disk."""

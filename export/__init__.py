@@ -1,0 +1,1 @@
+"""From a checkpoint folder to a bundle; the only layer that imports PyTorch."""

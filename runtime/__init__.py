@@ -1,0 +1,15 @@
+"""From a bundle to pictures, without PyTorch.
+
+>>> from kandrt.runtime import load
+>>> with load("bundle") as k:
+...     k("a robot, 4k photo", steps=50, seed=43).images[0].save("robot.png")
+"""
+
+from __future__ import annotations
+
+from .decoder import Decoder, Result
+from .embeds import Embeds
+from .pipeline import Kandinsky, load
+from .prior import Prior
+
+__all__ = ["Decoder", "Embeds", "Kandinsky", "Prior", "Result", "load"]
