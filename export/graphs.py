@@ -1,0 +1,137 @@
+"""The graphs of each network: which method, which inputs and outputs. A network is a row of `NETWORKS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engines.spec import TensorSpec
+from .modules.clip import CLIPConfig, ImageEncoder, TextEncoder
+from .modules.layers import Network
+from .modules.movq import MoVQ, MoVQConfig
+from .modules.prior import STEP_TOKENS, Prior, PriorConfig
+from .modules.unet import IMAGE_TOKENS, LATENT_CHANNELS, UNet, UNetConfig
+
+# Pixels a latent cell of the ControlNet hint: three convolutions of stride 2.
+HINT_SCALE = 8
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A method of a network as a graph; `multiples` are the axes that must be divisible by a number."""
+
+    method: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    multiples: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NetworkKind:
+    """How a checkpoint's submodel becomes graphs.
+
+    prefix is what stands before a checkpoint's tensor names in the module, unused the tensors that checkpoints store
+    and nothing reads.
+    """
+
+    config: Callable[[Mapping[str, Any]], Any]
+    build: Callable[[Any], Network]
+    graphs: Callable[[Any], Mapping[str, Graph]]
+    prefix: str = ""
+    unused: tuple[str, ...] = ()
+
+
+def f32(name: str, *shape: int | str) -> TensorSpec:
+    """A float32 tensor: what goes in and out of a graph, whatever it computes in."""
+    return TensorSpec(name, "float32", shape)
+
+
+def unet_graphs(config: UNetConfig) -> dict[str, Graph]:
+    """Context and step of a UNet."""
+    attention = [
+        channels * (layers * down + (layers + 1) * up)
+        for channels, layers, down, up in zip(
+            config.channels, config.layers, config.down_attention, reversed(config.up_attention), strict=True
+        )
+    ]
+    image_embeds = f32("image_embeds", "batch", config.image_embed_dim)
+    added_kv = f32("added_kv", "batch", IMAGE_TOKENS, 2 * (sum(attention) + config.channels[-1]))
+    extra = config.concat_channels
+    concat = [f32("concat_latents", "batch", extra, "height", "width")] if extra else []
+    hint = [f32("hint", "batch", 3, "image_height", "image_width")] if config.hint else []
+    size = {"height": config.size_multiple, "width": config.size_multiple}
+    return {
+        "context": Graph(
+            "context",
+            (image_embeds, f32("timesteps", "timesteps"), *hint),
+            (f32("embedding", "timesteps", "batch", config.embedding_dim), added_kv, *(concat if config.hint else ())),
+            {"image_height": HINT_SCALE, "image_width": HINT_SCALE} if config.hint else {},
+        ),
+        "step": Graph(
+            "step",
+            (f32("sample", "batch", LATENT_CHANNELS, "height", "width"),
+             f32("embedding", "batch", config.embedding_dim), added_kv, *concat),
+            (f32("prediction", "batch", config.out_channels, "height", "width"),),
+            size,
+        ),
+    }  # fmt: skip
+
+
+def prior_graphs(config: PriorConfig) -> dict[str, Graph]:
+    """Context and step of a prior."""
+    dim, tokens = config.embedding_dim, config.prefix_tokens
+    prefix_kv = f32("prefix_kv", "batch", 2 * config.layers, tokens, config.width)
+    bias = f32("attention_bias", "batch", 1, STEP_TOKENS, tokens + STEP_TOKENS)
+    return {
+        "context": Graph(
+            "context",
+            (f32("text_embeds", "batch", dim), f32("text_states", "batch", config.text_tokens, dim),
+             f32("text_mask", "batch", config.text_tokens), f32("timesteps", "timesteps")),
+            (f32("embedding", "timesteps", config.width), prefix_kv, bias),
+        ),
+        "step": Graph(
+            "step",
+            (f32("sample", "batch", dim), f32("embedding", "batch", config.width), prefix_kv, bias),
+            (f32("prediction", "batch", dim),),
+        ),
+    }  # fmt: skip
+
+
+def movq_graphs(config: MoVQConfig) -> dict[str, Graph]:
+    """Encoder and decoder of a MoVQ."""
+    latents = f32("latents", "batch", config.latent_channels, "height", "width")
+    shape = ("image_height", "image_width")
+    multiples: dict[str, int] = dict.fromkeys(shape, config.scale)
+    return {
+        "encoder": Graph("encode", (f32("pixels", "batch", config.in_channels, *shape),), (latents,), multiples),
+        "decoder": Graph("decode", (latents,), (f32("pixels", "batch", config.out_channels, *shape),)),
+    }
+
+
+def text_graphs(config: CLIPConfig) -> dict[str, Graph]:
+    """A text encoder."""
+    values: Mapping[str, Any] = config.values
+    tokens, dim, width = values["max_position_embeddings"], values["projection_dim"], values["hidden_size"]
+    return {
+        "": Graph(
+            "encode",
+            (TensorSpec("input_ids", "int64", ("batch", tokens)),),
+            (f32("text_embeds", "batch", dim), f32("text_states", "batch", tokens, width)),
+        )
+    }
+
+
+def image_graphs(config: CLIPConfig) -> dict[str, Graph]:
+    """An image encoder."""
+    size, dim = config.values["image_size"], config.values["projection_dim"]
+    return {"": Graph("encode", (f32("pixel_values", "batch", 3, size, size),), (f32("image_embeds", "batch", dim),))}
+
+
+NETWORKS: Mapping[str, NetworkKind] = {
+    "UNet2DConditionModel": NetworkKind(UNetConfig.from_dict, UNet, unet_graphs),
+    "PriorTransformer": NetworkKind(PriorConfig.from_dict, Prior, prior_graphs),
+    "VQModel": NetworkKind(MoVQConfig.from_dict, MoVQ, movq_graphs, unused=("quantize.embedding.weight",)),
+    "CLIPTextModelWithProjection": NetworkKind(CLIPConfig.from_dict, TextEncoder, text_graphs, prefix="network."),
+    "CLIPVisionModelWithProjection": NetworkKind(CLIPConfig.from_dict, ImageEncoder, image_graphs, prefix="network."),
+}
