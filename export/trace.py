@@ -1,0 +1,183 @@
+"""From a network on the meta device to an ONNX graph whose initializers point into a weights file.
+
+Nothing here holds a weight: the network has shapes only, and the graph refers to bytes that another part writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ..engines.spec import TensorSpec
+from .graphs import Graph
+from .weight_files import TensorLocation
+
+OPSET = 23  # the first with Attention; GroupNormalization and LayerNormalization are older
+TRANSPOSED = ".transposed"  # suffix of a linear layer's weight stored [in, out], as MatMul takes it
+EXAMPLE_LENGTHS = (2, 3, 5, 7, 11, 13)  # of dynamic axes: all different, so that none is taken for another
+ONNX_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+# Largest constant, in bytes, that may lie inside the graph file; anything larger is a weight that was folded.
+MAX_INLINE = 64 * 1024
+
+
+class Method(nn.Module):
+    """One method of a network as a module, as torch.export wants it."""
+
+    def __init__(self, network: nn.Module, method: str) -> None:
+        super().__init__()
+        self.network = network
+        self.method = method
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the method gives."""
+        return getattr(self.network, self.method)(*inputs)
+
+
+def linear_weights(network: nn.Module) -> set[str]:
+    """Names of the weights that are stored transposed: those of all linear layers."""
+    return {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+
+
+def trace(network: nn.Module, graph: Graph) -> ir.Model:
+    """Trace a method of a network that lies on the meta device.
+
+    Initializers have the network's parameter names and no data; inputs, outputs and axes have the names of `graph`.
+    """
+    args, axes = example_inputs(graph)
+    names = [spec.name for spec in graph.outputs]
+    with torch.no_grad(), quiet():
+        program = torch.export.export(Method(network, graph.method), args, dynamic_shapes=(axes,))
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in graph.inputs],
+            output_names=names,
+        )
+    if onnx_program is None:
+        raise RuntimeError("torch.onnx.export gave no program")
+    model: ir.Model = onnx_program.model
+    for value in list(model.graph.initializers.values()):
+        rename_initializer(model, value, (value.name or "").removeprefix("network."))
+    for value, spec in zip([*model.graph.inputs, *model.graph.outputs], [*graph.inputs, *graph.outputs], strict=True):
+        value.shape = ir.Shape(spec.shape)
+    return model
+
+
+def example_inputs(graph: Graph) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """Meta tensors for the inputs, and torch.export's description of their dynamic axes."""
+    names = list(dict.fromkeys(axis for spec in graph.inputs for axis in spec.shape if isinstance(axis, str)))
+    dims: dict[str, Any] = {name: torch.export.Dim(name) * graph.multiples.get(name, 1) for name in names}
+    lengths = {name: n * graph.multiples.get(name, 1) for name, n in zip(names, EXAMPLE_LENGTHS, strict=False)}
+
+    def example(spec: TensorSpec) -> Tensor:
+        shape = [lengths[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+        return torch.zeros(shape, dtype=getattr(torch, spec.dtype), device="meta")
+
+    args = tuple(example(spec) for spec in graph.inputs)
+    dynamic = ({i: dims[axis] for i, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in graph.inputs)
+    return args, tuple(dynamic)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporter's notes about itself: nothing in them is the user's to mend."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def rename_initializer(model: ir.Model, value: ir.Value, name: str) -> None:
+    """Give an initializer another name, in the graph's table too."""
+    if value.name != name:
+        del model.graph.initializers[value.name or ""]
+        value.name = name
+        model.graph.initializers[name] = value
+
+
+def use_transposed(model: ir.Model, transposed: set[str]) -> None:
+    """Let the graph read linear weights as [in, out].
+
+    The exporter writes MatMul(x, Transpose(weight)), which every engine would compute and hold a second time when it
+    loads the graph.
+    """
+    for value in list(model.graph.initializers.values()):
+        if value.name not in transposed:
+            continue
+        for node, index in list(value.uses()):
+            if node.op_type == "Transpose":
+                ir.convenience.replace_all_uses_with(node.outputs[0], value)
+                model.graph.remove(node, safe=True)
+            elif node.op_type == "Gemm" and index == 1:
+                flipped = 1 - node.attributes.get_int("transB", 0)
+                node.attributes["transB"] = ir.AttrInt64("transB", flipped)
+            else:
+                raise RuntimeError(f"{value.name}: cannot transpose for {node.op_type}")
+        value.shape = ir.Shape(tuple(reversed(value.shape or ())))
+        rename_initializer(model, value, value.name + TRANSPOSED)
+
+
+def link_weights(
+    model: ir.Model,
+    location: str,
+    folder: Path,
+    tensors: Mapping[str, TensorLocation],
+    constants: Mapping[str, Tensor],
+) -> None:
+    """Point every initializer at its bytes: `location` is relative to `folder`, where the graph file will lie.
+
+    `constants` are buffers that no checkpoint stores, by name; they lie inside the graph file.
+    """
+    for name, value in model.graph.initializers.items():
+        if name in constants:
+            value.const_value = ir.tensor(constants[name].numpy(), name=name)
+        elif name in tensors:
+            place = tensors[name]
+            dtype, shape = ONNX_DTYPES[place.dtype], ir.Shape(place.shape)
+            value.const_value = ir.ExternalTensor(
+                location, place.offset, place.length, dtype, shape=shape, name=name, base_dir=folder
+            )
+            value.shape, value.dtype = shape, dtype
+        else:
+            raise RuntimeError(f"the graph reads {name!r}, which is neither a weight nor a constant of the network")
+
+
+def clean(model: ir.Model) -> None:
+    """Fold what is constant, drop what does nothing, and see that no weight came to lie inside the graph file."""
+    import onnx_ir.passes.common as passes
+    from onnxscript import optimizer
+
+    with quiet():
+        optimizer.optimize_ir(model, num_iterations=1, output_size_limit=MAX_INLINE)
+        passes.IdentityEliminationPass()(model)
+        passes.ClearMetadataAndDocStringPass()(model)
+        passes.RemoveUnusedOpsetsPass()(model)
+    for node in model.graph:
+        if node.op_type == "Attention":
+            node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor) and tensor is not None and tensor.nbytes > MAX_INLINE:
+            raise RuntimeError(f"{name}: {tensor.nbytes} bytes would lie inside the graph")
