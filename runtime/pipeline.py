@@ -1,0 +1,140 @@
+"""A bundle loaded: prior, decoder, and both in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ..engines.bundle import open_bundle
+from ..engines.errors import BundleError
+from ..engines.manifest import Manifest
+from ..engines.session import Session
+from .components import Components, Memory
+from .decoder import Decoder, Result
+from .images import ImageLike
+from .noise import Noise
+from .prior import Prior, check_scale, noise_source, row_noise
+from .sampling import Callback
+
+
+class Kandinsky:
+    """A loaded bundle: `prior`, `decoder`, and `k(prompt, ...)` for both; use it as a context manager, or close it."""
+
+    def __init__(self, components: Components) -> None:
+        self._components = components
+        manifest = components.bundle.manifest
+        self._prior = None if manifest.prior is None else Prior(components, manifest.prior)
+        self._decoder = Decoder(components, manifest.decoders)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self._components.bundle.manifest
+
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """Names of the components that are open."""
+        return self._components.opened
+
+    @property
+    def prior(self) -> Prior:
+        """Texts and pictures to embeddings; raises BundleError where the bundle has no prior."""
+        if self._prior is None:
+            raise BundleError(
+                f"{self._components.bundle.folder} has no prior, so it cannot read prompts; export it with a "
+                "checkpoint like kandinsky-2-2-prior as well, or pass image embeddings to the decoder"
+            )
+        return self._prior
+
+    @property
+    def decoder(self) -> Decoder:
+        """Embeddings to pictures; raises BundleError where the bundle has no decoder."""
+        if not self.manifest.decoders:
+            raise BundleError(
+                f"{self._components.bundle.folder} has no decoder, so it cannot make pictures; export it with a "
+                "checkpoint like kandinsky-2-2-decoder as well"
+            )
+        return self._decoder
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        mask: ImageLike | Sequence[ImageLike] | None = None,
+        hint: ImageLike | Sequence[ImageLike] | None = None,
+        strength: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int = 100,
+        guidance_scale: float = 4.0,
+        prior_steps: int = 25,
+        prior_guidance_scale: float = 4.0,
+        count: int = 1,
+        scheduler: str | None = None,
+        seed: int | Sequence[int] | None = None,
+        noise: Noise | None = None,
+        prior_latents: NDArray[Any] | None = None,
+        latents: NDArray[Any] | None = None,
+        callback: Callback | None = None,
+    ) -> Result:
+        """Pictures for one prompt or several: the decoder's result on the prior's, with noise drawn in that order.
+
+        Arguments are those of `Prior.__call__` (prompt, negative_prompt, and the prior_ ones) and `Decoder.__call__`.
+        Source: diffusers 0.42.1 `KandinskyV22CombinedPipeline` and its image-to-image and inpainting forms; there,
+        `latents` go to the prior, which is `prior_latents` here.
+
+        Raises InputError for arguments that cannot be used, before any network runs; NumericalError for NaN.
+        """
+        source = noise_source(seed, noise)
+        settings: dict[str, Any] = {
+            "image": image, "mask": mask, "hint": hint, "strength": strength, "height": height, "width": width,
+            "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "latents": latents,
+        }  # fmt: skip
+        prior, decoder = self.prior, self.decoder
+        check_scale(prior_guidance_scale, "prior_guidance_scale")
+        plan = decoder.plan(prior.placeholder(prompt, count), **settings)
+        row_noise(source, len(plan.embeds))  # the number of seeds too is checked before the prior runs
+        embeds = prior(
+            prompt, negative_prompt=negative_prompt, steps=prior_steps, guidance_scale=prior_guidance_scale,
+            count=count, noise=source, latents=prior_latents, callback=callback,
+        )  # fmt: skip
+        return decoder(embeds, **settings, noise=source, callback=callback)
+
+    def close(self) -> None:
+        """Close every open component; calling it again does nothing."""
+        self._components.close()
+
+    def __enter__(self) -> Kandinsky:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load(
+    bundle: str | Path,
+    *,
+    backend: str = "onnxruntime",
+    device: str = "cpu",
+    memory: Memory = "keep",
+    threads: int | None = None,
+    sessions: Mapping[str, Session] | None = None,
+) -> Kandinsky:
+    """Open a bundle; its components are opened when they are first used.
+
+    backend: "onnxruntime". device: "cpu" or "cuda". memory: "keep" leaves components open between calls, "stage"
+    closes each after its stage, so that no two large ones are in memory together. threads: of the CPU, by default all.
+    sessions: run these in place of the bundle's components, by name.
+
+    Raises BundleError for a damaged bundle, InputError and BackendError where backend or device cannot be used.
+    """
+    opened = open_bundle(bundle)
+    return Kandinsky(Components(opened, backend, device, memory=memory, threads=threads, sessions=sessions))
