@@ -1,0 +1,134 @@
+"""`kandrt inspect`: what a bundle holds and can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import Json, byte_progress, count_text, print_json, size_text, stdout, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..engines.bundle import Bundle
+    from ..engines.manifest import Component, Manifest
+
+USAGE = "BUNDLE"
+EXAMPLE = "kandrt inspect my-bundle --check"
+
+
+def command(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="Folder that `kandrt export` made.", show_default=False)
+    ],
+    check: Annotated[bool, typer.Option("--check", help="Read every file and compare its hash.")] = False,
+    json: Json = False,
+) -> None:
+    """Show what a bundle holds: what it can do, its graphs and weights, and what it was made from."""
+    from ..engines.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    if check:
+        check_files(opened)
+    if json:
+        manifest = opened.manifest
+        size, can = total_size(manifest), modes(manifest)
+        print_json({"bundle": str(bundle), "size": size, "modes": can, "checked": check, "manifest": manifest})
+    else:
+        show(opened, check)
+
+
+def check_files(bundle: Bundle) -> None:
+    """Compare every hash, with a bar; raises BundleError that lists the files that are not what the manifest says."""
+    with byte_progress("checking files", total_size(bundle.manifest)) as progress:
+        bundle.check_hashes(progress=progress)
+
+
+def total_size(manifest: Manifest) -> int:
+    """Bytes of all files of a bundle, manifest.json apart."""
+    return sum(record.size for record in manifest.files().values())
+
+
+def modes(manifest: Manifest) -> list[str]:
+    """What a bundle can do."""
+    from ..runtime.decoder import ROLES
+
+    prior = ["text to embeddings", "embeddings from a picture", "interpolation"] if manifest.prior else []
+    return prior + [ROLES[role][0] for role in manifest.decoders]
+
+
+def schedulers(manifest: Manifest, role: str) -> tuple[str, list[str]]:
+    """The scheduler that a role uses unless another is asked for, and those it can be asked for."""
+    from ..runtime.schedulers import SCHEDULERS
+
+    class_name = manifest.schedulers[role].get("_class_name")
+    own = next((name for name, kind in SCHEDULERS.items() if kind.diffusers == class_name), str(class_name))
+    return own, [] if own == "unclip" else [name for name in SCHEDULERS if name not in ("unclip", own)]
+
+
+def show(bundle: Bundle, checked: bool) -> None:
+    """Print it for people."""
+    manifest, out = bundle.manifest, stdout()
+    size = f"{size_text(total_size(manifest))} in {len(manifest.files())} files"
+    out.print(f"[bold]{manifest.family}[/] {manifest.precision}, {size}{', all hashes right' if checked else ''}")
+    out.print(str(bundle.folder), markup=False, soft_wrap=True)
+    out.print()
+    out.print(role_table(manifest))
+    out.print()
+    out.print(component_table(manifest))
+    out.print()
+    sources = table("made from", "revision", "kind")
+    for source in manifest.sources:
+        sources.add_row(
+            source.checkpoint.replace("[", r"\["), (source.revision or "")[:12] or "local folder", source.kind
+        )
+    out.print(sources)
+    out.print()
+    out.print(
+        "made with " + ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items()),
+        style="dim",
+        markup=False,
+    )
+    kept = "holds reference pictures" if manifest.reference else "holds no reference pictures"
+    out.print(f"{kept} for kandrt verify", style="dim")
+
+
+def role_table(manifest: Manifest) -> Table:
+    """What the bundle can do and cannot, and with which schedulers."""
+    from ..runtime.decoder import ROLES
+
+    made = table("role", "can do", "scheduler", "or")
+    if manifest.prior:
+        own, others = schedulers(manifest, manifest.prior.scheduler)
+        made.add_row("prior", "read prompts and pictures", own, ", ".join(others))
+    else:
+        made.add_row("prior", "no; needs kandinsky-2-2-prior", style="dim")
+    for role, (purpose, checkpoint) in ROLES.items():
+        if role in manifest.decoders:
+            own, others = schedulers(manifest, manifest.decoders[role].scheduler)
+            made.add_row(role, purpose, own, ", ".join(others))
+        else:
+            made.add_row(role, f"no; needs {checkpoint}", style="dim")
+    return made
+
+
+def component_table(manifest: Manifest) -> Table:
+    """Every graph with precision, parameters, sizes and error; a weights file's size stands at its first reader."""
+    made = table("component", "type", ">parameters", ">graph", "weights", ">size", ">error")
+    shown: set[str] = set()
+    for name, component in manifest.components.items():
+        new = [weights for weights in component.weights if weights not in shown]
+        size = size_text(sum(manifest.weights[weights].size for weights in new)) if new else "shared"
+        shown.update(new)
+        made.add_row(
+            name, component.precision, count_text(component.parameters), size_text(component.graph.size),
+            ", ".join(component.weights), size, error_text(component),
+        )  # fmt: skip
+    return made
+
+
+def error_text(component: Component) -> str:
+    """A graph's error as it was measured at export."""
+    return "not checked" if component.error is None else f"{component.error.relative:.1e}"

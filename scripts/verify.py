@@ -1,0 +1,380 @@
+"""`kandrt verify`: whether a bundle still is what was exported, and computes what its checkpoints compute."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..engines.errors import BackendError, BundleError, CheckpointError, KandrtError
+from .console import FAILED, Json, pieces, print_json, size_text, stdout, table
+from .doctor import missing, need, pip_line
+from .inspect import check_files, total_size
+from .reference import Row, check_reference, load_reference, make_reference, request_names, stored_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..engines.bundle import Bundle
+    from ..engines.manifest import Manifest, Source
+    from ..engines.session import Array, Session
+    from ..engines.spec import TensorSpec
+    from ..export.checkpoint import Checkpoint
+    from ..export.torch_session import TorchSession
+
+USAGE = "BUNDLE"
+EXAMPLE = "kandrt verify my-bundle --checkpoint kandinsky-2-2-prior --checkpoint kandinsky-2-2-decoder"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was not verified, and why."""
+
+    what: str
+    why: str
+
+
+@dataclass
+class Findings:
+    """Everything that `kandrt verify` found."""
+
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Did nothing fail."""
+        return all(row.passed for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bundle, and what is to run it."""
+
+    bundle: Bundle
+    backend: str
+    device: str
+
+    @property
+    def problem(self) -> str | None:
+        """Why this backend cannot run this bundle; None where it can."""
+        from ..engines.backends import check_backend
+
+        try:
+            check_backend(self.backend, self.device, self.bundle.manifest.precision)
+        except BackendError as error:
+            return str(error)
+        return None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A graph under PyTorch, and the axes whose lengths must be divisible by a number."""
+
+    session: TorchSession
+    multiples: Mapping[str, int]
+
+
+def command(
+    bundle: Annotated[
+        Path, typer.Argument(metavar="BUNDLE", help="Folder that `kandrt export` made.", show_default=False)
+    ],
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder or hub id to compare with; by default those the bundle was made from.", show_default=False
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the hub ids.", show_default=False)
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="As it was given to `kandrt export`.", show_default=False)] = None,
+    backend: Annotated[str, typer.Option(help="What runs the graphs.")] = "onnxruntime",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Json = False,
+) -> None:
+    """Check a bundle: its files, its graphs, its pictures. Exit code 1 if anything fails.
+
+    Files are compared with their hashes; each graph with its checkpoint's network under PyTorch, where that is
+    installed; whole requests with the answers that PyTorch gave. What cannot be checked is named.
+    """
+    from ..engines.backends import check_backend
+    from ..engines.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    check_backend(backend, device, "fp32")
+    if checkpoint:
+        need("export", "--checkpoint")
+    found = verify(Target(opened, backend, device), checkpoint or [], revision, variant)
+    if json:
+        print_json({"bundle": str(bundle), "passed": found.passed, "rows": found.rows, "not_verified": found.skipped})
+    else:
+        show(opened, found)
+    if not found.passed:
+        raise typer.Exit(FAILED)
+
+
+def verify(target: Target, checkpoints: Sequence[str], revision: str | None, variant: str | None) -> Findings:
+    """Check files, then graphs, then requests; damaged files end it, because all else would only repeat that."""
+    found = Findings([check_hashes(target.bundle)])
+    if not found.passed:
+        found.skipped.append(Skipped("graphs and requests", "files are damaged"))
+        return found
+    with pieces() as report:
+        references = find_references(target.bundle, checkpoints, (revision, variant), found.skipped)
+        check_graphs(target, references, found, report)
+        check_requests(target, references, found, report)
+    return found
+
+
+# Files
+
+
+def check_hashes(bundle: Bundle) -> Row:
+    """Every file against its hash."""
+    what = f"{len(bundle.manifest.files())} files, {size_text(total_size(bundle.manifest))}"
+    try:
+        check_files(bundle)
+    except BundleError as error:
+        return Row("files", what, passed=False, tolerance="SHA-256", detail=str(error))
+    return Row("files", what, passed=True, tolerance="SHA-256")
+
+
+# Graphs
+
+
+def find_references(
+    bundle: Bundle, checkpoints: Sequence[str], versions: tuple[str | None, str | None], skipped: list[Skipped]
+) -> dict[str, Reference]:
+    """PyTorch sessions by component, of the checkpoints given or else of those that the manifest names.
+
+    Raises CheckpointError for a checkpoint given that cannot be used; one that only the manifest names is skipped.
+    """
+    lacking = missing("export")
+    if lacking:
+        skipped.append(Skipped("graphs against PyTorch", f"not installed: {', '.join(lacking)}; {pip_line('export')}"))
+        return {}
+    from ..export.checkpoint import open_checkpoint
+
+    revision, variant = versions
+    found: dict[str, Reference] = {}
+    for name in checkpoints:
+        found = references_of(bundle, open_checkpoint(name, revision, variant)) | found
+    for source in bundle.manifest.sources if not checkpoints else ():
+        with skip(f"graphs of {source.checkpoint}", skipped):
+            found = references_of(bundle, open_checkpoint(local_folder(source), None, variant)) | found
+    return found
+
+
+@contextmanager
+def skip(what: str, skipped: list[Skipped]) -> Iterator[None]:
+    """Note a checkpoint that cannot be used instead of failing."""
+    try:
+        yield
+    except CheckpointError as error:
+        skipped.append(Skipped(what, f"{error}; give it with --checkpoint"))
+
+
+def local_folder(source: Source) -> Path:
+    """Where a checkpoint lies; CheckpointError where it is not on this machine: verifying is no reason to download."""
+    if source.revision is None:
+        return Path(source.checkpoint)
+    from ..export.checkpoint import cached
+
+    return cached(source.checkpoint, source.revision)
+
+
+def references_of(bundle: Bundle, checkpoint: Checkpoint) -> dict[str, Reference]:
+    """PyTorch sessions of a checkpoint by the bundle's names; CheckpointError where the bundle has no use for it."""
+    from ..export.checkpoint import roles
+    from ..export.exporter import network_sources
+
+    records: dict[str, Any] = {"prior": bundle.manifest.prior} | {
+        str(k): v for k, v in bundle.manifest.decoders.items()
+    }
+    unused = [role for role in roles(checkpoint) if records.get(role) is None]
+    if unused:
+        has = ", ".join(role for role, record in records.items() if record is not None)
+        raise CheckpointError(f"{checkpoint.name} is a checkpoint for {', '.join(unused)}; {bundle.folder} has {has}")
+    decoder = next((role for role in roles(checkpoint) if role != "prior"), None)
+    found = {}
+    for submodel, network in network_sources(checkpoint).items():
+        record = records[decoder if decoder and submodel in ("unet", "movq") else "prior"]
+        fields = {
+            key: key if submodel in ("unet", "prior") else f"{submodel}_{key}".rstrip("_") for key in network.graphs
+        }
+        network.job = replace(network.job, components={key: getattr(record, name) for key, name in fields.items()})
+        sessions = network.sessions()
+        for key, component in network.job.components.items():
+            found[component] = Reference(sessions[component], network.graphs[key].multiples)
+    return found
+
+
+def check_graphs(
+    target: Target, references: Mapping[str, Reference], found: Findings, report: Callable[[str], None]
+) -> None:
+    """Every graph against its network on random inputs."""
+    names = list(target.bundle.manifest.components)
+    without = [name for name in names if name not in references]
+    if without and references:
+        found.skipped.append(Skipped(", ".join(without), "no checkpoint of theirs was found"))
+    for name in names:
+        if name in references:
+            report(f"checking {name}")
+            found.rows.append(check_graph(target, name, references[name]))
+
+
+def check_graph(target: Target, name: str, reference: Reference) -> Row:
+    """One graph against its network."""
+    from ..export.check import TOLERANCES, compare, random_inputs
+
+    component = target.bundle.manifest.components[name]
+    tolerance = TOLERANCES[component.precision]
+    if (component.inputs, component.outputs) != (reference.session.inputs, reference.session.outputs):
+        specs = [", ".join(map(str, (*each.inputs, *each.outputs))) for each in (reference.session, component)]
+        return Row("graph", name, passed=False, detail=f"the checkpoint's network has {specs[0]}, the graph {specs[1]}")
+    try:
+        inputs = random_inputs(component.inputs, reference.multiples)
+        with graph_session(target, name) as session:
+            error = compare(reference.session, session, inputs, tolerance)
+    except KandrtError as problem:
+        return Row("graph", name, passed=False, detail=str(problem))
+    if not math.isfinite(error.relative):
+        return Row("graph", name, passed=False, detail="its output holds NaN or infinity, or has another shape")
+    return Row("graph", name, error.relative <= tolerance, f"relative {tolerance:.0e}", error.max_abs, error.relative)
+
+
+@contextmanager
+def graph_session(target: Target, name: str) -> Iterator[Session]:
+    """A component opened; one whose precision the device has no kernels for computes in fp32 with its own weights."""
+    from ..engines.backends import open_component
+    from ..engines.ort import OrtSession
+    from ..export.check import widen
+
+    bundle, component = target.bundle, target.bundle.manifest.components[name]
+    with tempfile.TemporaryDirectory() as folder:
+        if target.problem is None:
+            session = open_component(bundle, name, backend=target.backend, device=target.device)
+        else:
+            widened = Path(folder, "graph.onnx")
+            try:
+                widen(bundle.path(component.graph), widened)
+            except Exception as error:  # those of a damaged graph have no base class in common
+                raise BackendError(f"{name}: the graph cannot be converted to fp32: {error}") from error
+            session = OrtSession(name, widened, replace(component, precision="fp32"), "cpu")
+        try:
+            yield OnHost(session)
+        finally:
+            session.close()
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """A session whose outputs are NumPy arrays wherever they were computed."""
+
+    session: Session
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What a call takes."""
+        return self.session.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What a call gives."""
+        return self.session.outputs
+
+    def __call__(self, **arrays: Array) -> dict[str, NDArray[np.float32]]:
+        """Run the graph once."""
+        from ..runtime.prior import to_host
+
+        return {name: to_host(array) for name, array in self.session(**arrays).items()}
+
+    def close(self) -> None:
+        """Close the session."""
+        self.session.close()
+
+
+# Requests
+
+
+def check_requests(
+    target: Target, references: Mapping[str, Reference], found: Findings, report: Callable[[str], None]
+) -> None:
+    """Whole requests against stored answers, or against PyTorch's where there are none and it can give them."""
+    names = request_names(target.bundle.manifest)
+    if target.problem is not None:
+        found.skipped.append(Skipped(", ".join(names), target.problem))
+        return
+    expected, why = answers(target.bundle, references, report)
+    without = [name for name in names if stored_name(name) not in expected]
+    if without:
+        found.skipped.append(Skipped(", ".join(without), why))
+    if expected:
+        found.rows += check_reference(
+            target.bundle.folder, expected, backend=target.backend, device=target.device, report=report
+        )
+
+
+def answers(
+    bundle: Bundle, references: Mapping[str, Reference], report: Callable[[str], None]
+) -> tuple[Mapping[str, NDArray[np.float32]], str]:
+    """What requests should give, by stored name, and why one may be absent."""
+    record = bundle.manifest.reference
+    if record is not None:
+        stored = load_reference(bundle.path(record))
+        return stored, f"the stored answers are to other requests, of kandrt {bundle.manifest.tools.get('kandrt')}"
+    if not references.keys() >= bundle.manifest.components.keys():
+        return {}, "the bundle holds no reference pictures, and not all of its checkpoints were found to make them"
+    report("making reference pictures")
+    return make_reference(bundle.folder, {name: reference.session for name, reference in references.items()}), ""
+
+
+# Output
+
+
+def show(bundle: Bundle, found: Findings) -> None:
+    """Print the findings for people."""
+    out = stdout()
+    made = table("", "what", ">max error", ">relative", ">PSNR", ">bound", "result")
+    kind = ""
+    for row in found.rows:
+        if kind and row.kind != kind:
+            made.add_section()
+        made.add_row(
+            row.kind if row.kind != kind else "", row.what, number(row.max_abs), number(row.relative),
+            "" if row.psnr is None else f"{row.psnr:.0f} dB", row.tolerance,
+            "[green]pass[/]" if row.passed else "[bold red]FAIL[/]",
+        )  # fmt: skip
+        kind = row.kind
+    out.print(made)
+    out.print()
+    for row in found.rows:
+        if row.detail:
+            out.print(f"{row.what}: {row.detail}", style="red", markup=False, soft_wrap=True)
+    for skipped in found.skipped:
+        out.print(f"not verified: {skipped.what}: {skipped.why}", style="yellow", markup=False, soft_wrap=True)
+    out.print(summary(bundle.manifest, found), style="bold green" if found.passed else "bold red", markup=False)
+
+
+def number(value: float | None) -> str:
+    """An error as the table shows it."""
+    return "" if value is None else f"{value:.1e}"
+
+
+def summary(manifest: Manifest, found: Findings) -> str:
+    """The last line."""
+    failed = sum(not row.passed for row in found.rows)
+    if failed:
+        return f"{failed} of {len(found.rows)} checks failed"
+    graphs = sum(row.kind == "graph" for row in found.rows)
+    requests = sum(row.kind == "request" for row in found.rows)
+    total = len(manifest.components), len(request_names(manifest))
+    return f"passed: files, {graphs} of {total[0]} graphs, {requests} of {total[1]} requests"
