@@ -109,11 +109,15 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint the bundle was made from, as the user named it, and its revision where it came from the hub."""
+    """A checkpoint the bundle was made from, as the user named it.
+
+    revision is the commit where it came from the hub, variant the kind of weight files that was asked for ("fp16").
+    """
 
     checkpoint: str
     kind: str
     revision: str | None = None
+    variant: str | None = None
 
 
 Role = Literal["decoder", "inpaint", "controlnet"]

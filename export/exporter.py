@@ -100,7 +100,7 @@ class Draft:
             components=self.components,
             weights=self.weights,
             schedulers=self.schedulers,
-            sources=tuple(Source(c.name, c.class_name, c.revision) for c in checkpoints),
+            sources=tuple(Source(c.name, c.class_name, c.revision, c.variant) for c in checkpoints),
             tools={tool: found for tool in TOOLS if (found := tool_version(tool)) is not None},
             prior=self.prior,
             decoders=self.decoders,
@@ -288,7 +288,7 @@ def add_decoder(draft: Draft, checkpoint: Checkpoint, networks: Mapping[str, Sou
         # diffusers rounds sizes to scale² (64 pixels); a UNet with more levels than that allows needs its own multiple
         size_multiple=scale * max(unet.config.size_multiple, scale),
         # diffusers allows a pair as well, which no checkpoint has: it is only a default
-        default_size=scale * (size if isinstance(size, int) and size > 0 else DEFAULT_SAMPLE_SIZE),
+        default_size=scale * (size if type(size) is int and size > 0 else DEFAULT_SAMPLE_SIZE),
     )
 
 

@@ -95,7 +95,9 @@ def command(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of the hub ids.", show_default=False)
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="As it was given to `kandrt export`.", show_default=False)] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Weight files of --checkpoint to prefer.", show_default=False)
+    ] = None,
     backend: Annotated[str, typer.Option(help="What runs the graphs.")] = "onnxruntime",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json: Json = False,
@@ -169,7 +171,9 @@ def find_references(
         found = references_of(bundle, open_checkpoint(name, revision, variant)) | found
     for source in bundle.manifest.sources if not checkpoints else ():
         with skip(f"graphs of {source.checkpoint}", skipped):
-            found = references_of(bundle, open_checkpoint(local_folder(source), None, variant)) | found
+            found = (
+                references_of(bundle, open_checkpoint(local_folder(source), None, variant or source.variant)) | found
+            )
     return found
 
 
