@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def bundle(shared: Path, checkpoints: dict[str, Path]) -> Path:
 
     sources = [checkpoints[role] for role in ("prior", "decoder", "inpaint", "controlnet")]
     return once(shared / "bundle", lambda path: export_bundle(sources, path))
+
+
+@pytest.fixture(scope="session")
+def spare_bundle(shared: Path, bundle: Path) -> Path:
+    """A copy of the bundle to hard-link from: onnx refuses weights with several links, so the bundle's own have one."""
+    return once(shared / "spare-bundle", lambda path: shutil.copytree(bundle, path))
 
 
 @pytest.fixture(scope="session", autouse=True)

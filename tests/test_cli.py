@@ -50,9 +50,9 @@ def assert_error(result: Result, *parts: str) -> None:
 
 
 @pytest.fixture
-def copy(bundle: Path, tmp_path: Path) -> Path:
+def copy(spare_bundle: Path, tmp_path: Path) -> Path:
     """A bundle of its own to damage; files are hard links, so replace them and never write into them."""
-    return Path(shutil.copytree(bundle, tmp_path / "copy", copy_function=os.link))
+    return Path(shutil.copytree(spare_bundle, tmp_path / "copy", copy_function=os.link))
 
 
 def replace_bytes(path: Path, content: bytes) -> None:

@@ -63,9 +63,9 @@ def answers(bundle: Path) -> dict[str, NDArray[np.float32]]:
 
 
 @pytest.fixture
-def whole(bundle: Path, tmp_path: Path, answers: dict[str, NDArray[np.float32]]) -> Path:
+def whole(spare_bundle: Path, tmp_path: Path, answers: dict[str, NDArray[np.float32]]) -> Path:
     """A bundle of its own with stored answers; files are hard links, so replace them and never write into them."""
-    folder = Path(shutil.copytree(bundle, tmp_path / "copy", copy_function=os.link))
+    folder = Path(shutil.copytree(spare_bundle, tmp_path / "copy", copy_function=os.link))
     save_file(answers, folder / "reference.safetensors")
     edit(folder, lambda manifest: dataclasses.replace(manifest, reference=record(folder / "reference.safetensors")))
     return folder
