@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +20,8 @@ EXPORT = "export the bundle again"
 
 @pytest.fixture
 def copy(bundle: Path, tmp_path: Path) -> Path:
-    """A bundle of one's own to damage; files are links to the shared one's, so replace them, never write into them."""
-    return Path(shutil.copytree(bundle, tmp_path / "bundle", copy_function=os.link))
+    """A bundle of one's own to damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
 
 
 def test_a_whole_bundle_opens_and_its_hashes_are_right(bundle: Path) -> None:
@@ -66,7 +65,6 @@ def test_a_manifest_that_is_far_too_large_is_not_read(copy: Path, monkeypatch: p
 
 def test_missing_and_misshapen_files_are_listed_together(copy: Path) -> None:
     (copy / "prior_step.onnx").unlink()
-    (copy / "tokenizer.json").unlink()
     (copy / "tokenizer.json").write_text("{}")
     shutil.rmtree(copy / "weights")
     with pytest.raises(BundleError) as caught:
@@ -80,7 +78,6 @@ def test_missing_and_misshapen_files_are_listed_together(copy: Path) -> None:
 def flip_last_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
-    path.unlink()
     path.write_bytes(data)
 
 

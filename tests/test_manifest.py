@@ -346,7 +346,7 @@ def nodes(content: Any) -> Iterator[tuple[Any, Any]]:
 
 
 SCALARS = [None, True, -1, 0, 1, 2**63, 10**40, 1e400, 1.5, float("nan"), "", "x", "../x", "\0", "\ud800", "é" * 300]
-VALUES = [*SCALARS, [], {}, [[]], [1, "a"], {"a": {"b": []}}]
+VALUES: list[Any] = [*SCALARS, [], {}, [[]], [1, "a"], {"a": {"b": []}}]
 
 
 def delete(container: Any, key: Any, rng: random.Random) -> None:
