@@ -6,6 +6,7 @@ Nothing here holds a weight: the network has shapes only, and the graph refers t
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,7 @@ def trace(network: nn.Module, graph: Graph) -> ir.Model:
     """
     args, axes = example_inputs(graph)
     names = [spec.name for spec in graph.outputs]
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), without_collection():
         program = torch.export.export(Method(network, graph.method), args, dynamic_shapes=(axes,))
         onnx_program = torch.onnx.export(
             program,
@@ -91,6 +92,18 @@ def example_inputs(graph: Graph) -> tuple[tuple[Tensor, ...], tuple[dict[int, An
     args = tuple(example(spec) for spec in graph.inputs)
     dynamic = ({i: dims[axis] for i, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in graph.inputs)
     return args, tuple(dynamic)
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Hold back the garbage collector: tracing makes millions of objects that live on, and it looks at all of them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -169,7 +182,7 @@ def clean(model: ir.Model) -> None:
     import onnx_ir.passes.common as passes
     from onnxscript import optimizer
 
-    with quiet():
+    with quiet(), without_collection():
         optimizer.optimize_ir(model, num_iterations=1, output_size_limit=MAX_INLINE)
         passes.IdentityEliminationPass()(model)
         passes.ClearMetadataAndDocStringPass()(model)
