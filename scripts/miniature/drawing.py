@@ -68,7 +68,7 @@ def coverage(figure: Figure, side: int = 96) -> Float32:
 def background(colour: str, texture: str, side: int) -> Float32:
     """A background alone: float32 [side, side, 3] in levels of 0 to 255, not to be written to."""
     base, accent = (np.array(level, np.float32) for level in COLOURS[colour])
-    pixels: Float32 = base + texture_field(texture, side)[..., None] * (accent - base)
+    pixels: Float32 = np.asarray(base + texture_field(texture, side)[..., None] * (accent - base), np.float32)
     pixels.setflags(write=False)
     return pixels
 
@@ -85,7 +85,7 @@ def texture_field(texture: str, side: int, phase: tuple[float, float] = (0.0, 0.
     if texture == "checked":
         columns = covered(wave(x * CHECKS + phase[0]) / np.float32(CHECKS), side)
         rows = covered(wave(y * CHECKS + phase[1]) / np.float32(CHECKS), side)
-        return columns * rows + (1 - columns) * (1 - rows)
+        return np.asarray(columns * rows + (1 - columns) * (1 - rows), np.float32)
     if texture == "dotted":
         u, v = wave((x + y) * DOTS + phase[0]) + 0.25, wave((x - y) * DOTS + phase[1]) + 0.25
         distance: Float32 = np.sqrt(u * u + v * v) - np.float32(DOT_RADIUS)
@@ -125,7 +125,7 @@ def shaded(figure: Figure, window: Window, distance: Float32, side: int) -> Floa
     light = (LIGHT * np.maximum(slope, 0))[..., None]
     dark = 1 - (SHADE * np.maximum(-slope, 0) + rim)[..., None]
     base = np.array(COLOURS[figure.colour][0], np.float32)
-    lit: Float32 = (base + light * (255 - base)) * dark
+    lit: Float32 = np.asarray((base + light * (255 - base)) * dark, np.float32)
     return lit
 
 

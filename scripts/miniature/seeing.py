@@ -130,7 +130,7 @@ def ground_shades(colour: str, shadows: tuple[float, ...] = SHADOWS) -> Float32:
     """What pixels of a background may be, base to accent, in light and in shadow: OKLab [N, 3]."""
     base, accent = (np.array(level, np.float32) for level in COLOURS[colour])
     mixes = np.linspace(0, 1, 6, dtype=np.float32)[:, None]
-    lit = base + mixes * (accent - base)
+    lit: Float32 = np.asarray(base + mixes * (accent - base), np.float32)
     return oklab(np.concatenate([lit * np.float32(shadow) for shadow in shadows]))
 
 
