@@ -384,8 +384,10 @@ def test_export_as_a_program(tmp_path: Path, checkpoints: dict[str, Path]) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+# A test run in the background of a shell ignores SIGINT and hands that down: undo it.
 SLOW_EXPORT = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from kandrt.export import exporter
 exporter.export_network = lambda *_, **__: time.sleep(60)
 """
