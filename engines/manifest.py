@@ -125,7 +125,10 @@ Role = Literal["decoder", "inpaint", "controlnet"]
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of manifest.json."""
+    """All of manifest.json.
+
+    `storage` is what weights are stored in where that is not what graphs compute in: fp16 or bf16 under fp32.
+    """
 
     schema_version: int
     family: Literal["kandinsky-2-2"]
@@ -140,6 +143,7 @@ class Manifest:
     tokenizer: TokenizerRecord | None = None
     image_processor: dict[str, Any] | None = None
     reference: FileRecord | None = None
+    storage: Precision | None = None
 
     def files(self) -> Mapping[str, FileRecord]:
         """Every file that the bundle consists of, by path, manifest.json apart."""

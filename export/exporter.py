@@ -32,7 +32,7 @@ from ..engines.manifest import (
 )
 from ..engines.session import Session
 from .checkpoint import Checkpoint, open_checkpoint, roles
-from .network import TORCH_DTYPES, Exported, Job, Report, SourceNetwork, Writer, export_network, weights_path
+from .network import STORAGES, Exported, Job, Report, SourceNetwork, Writer, export_network, weights_path
 from .output import check_output, new_folder
 from .tokenizer import export_tokenizer
 from .weight_files import TensorToWrite, WeightsFile, atomic_write, write_safetensors
@@ -53,6 +53,7 @@ class Draft:
 
     folder: Path
     precision: Precision
+    storage: Precision | None
     check: bool | None
     report: Report
     writer: Writer
@@ -106,6 +107,7 @@ class Draft:
             decoders=self.decoders,
             tokenizer=self.tokenizer,
             image_processor=self.image_processor,
+            storage=self.storage,
         )
 
 
@@ -114,6 +116,7 @@ def export_bundle(
     output: str | Path,
     *,
     precision: Precision = "fp32",
+    storage: Precision | None = None,
     check: bool | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -123,6 +126,9 @@ def export_bundle(
 ) -> Path:
     """Make one bundle of one or more checkpoints and give its folder.
 
+    Graphs compute in `precision`. `storage` is what weights are stored in (None: in `precision`): fp32 graphs may read
+    weights of 16 bits, and all that they are compared with then has its weights rounded like theirs.
+
     `check` compares every graph with its module (None: those of networks under 200 M parameters). `report` is told
     each piece of work as it starts. `make_reference` is called where every graph was checked. `output` must not exist
     unless `overwrite` is set and it is a bundle; it appears when it is complete, and after an error or an interruption
@@ -130,17 +136,16 @@ def export_bundle(
 
     Raises CheckpointError, InputError, OutputError or NumericalError.
     """
-    if precision not in TORCH_DTYPES:
-        raise InputError(f"precision: expected {' or '.join(map(repr, TORCH_DTYPES))}, found {precision!r}")
+    storage = check_storage(precision, storage)
     output = Path(output).expanduser()
     check_output(output, overwrite)
     opened = [open_checkpoint(checkpoint, revision, variant) for checkpoint in checkpoints]
     check_together(opened)
-    sources = [network_sources(checkpoint) for checkpoint in opened]
+    sources = [network_sources(checkpoint, storage) for checkpoint in opened]
     check_widths({c.name: networks for c, networks in zip(opened, sources, strict=True)})
     with new_folder(output, overwrite) as folder, closing(Writer(precision)) as writer:
         (folder / "weights").mkdir()
-        draft = Draft(folder, precision, check, report, writer)
+        draft = Draft(folder, precision, storage, check, report, writer)
         for checkpoint, networks in zip(opened, sources, strict=True):
             draft.start(networks, roles(checkpoint)[-1])
         for checkpoint, networks in zip(opened, sources, strict=True):
@@ -156,6 +161,18 @@ def export_bundle(
             record = save_arrays(folder, "reference.safetensors", make_reference(folder, draft.sessions()))
             save_manifest(folder, replace(manifest, reference=record))
     return output
+
+
+def check_storage(precision: Precision, storage: Precision | None) -> Precision | None:
+    """What weights are stored in where that is not `precision`, else None; InputError for what there is not."""
+    if precision not in STORAGES:
+        raise InputError(f"precision: expected {' or '.join(map(repr, STORAGES))}, found {precision!r}")
+    if storage is not None and storage not in STORAGES[precision]:
+        raise InputError(
+            f"storage: expected {' or '.join(map(repr, STORAGES[precision]))} for graphs in {precision}, "
+            f"found {storage!r}; graphs in fp32 can read weights in fp16 or bf16"
+        )
+    return None if storage == precision else storage
 
 
 def check_together(checkpoints: Sequence[Checkpoint]) -> None:
@@ -203,8 +220,11 @@ def tool_version(tool: str) -> str | None:
         return None
 
 
-def network_sources(checkpoint: Checkpoint) -> dict[str, SourceNetwork]:
-    """Every network of a checkpoint by submodel, configs and tensor names checked before any work begins."""
+def network_sources(checkpoint: Checkpoint, storage: Precision | None = None) -> dict[str, SourceNetwork]:
+    """Every network of a checkpoint by submodel, configs and tensor names checked before any work begins.
+
+    `storage` is what weights are stored in where that is not what graphs compute in.
+    """
     components: dict[str, tuple[str, dict[str, str]]] = {}
     for role in roles(checkpoint):
         if role == "prior":
@@ -215,7 +235,7 @@ def network_sources(checkpoint: Checkpoint) -> dict[str, SourceNetwork]:
             components["unet"] = role, {"context": f"{role}_context", "step": f"{role}_step"}
             components["movq"] = "movq", {"encoder": "movq_encoder", "decoder": "movq_decoder"}
     return {
-        key: SourceNetwork(Job(name, checkpoint.submodels[key], checkpoint.variant, graphs))
+        key: SourceNetwork(Job(name, checkpoint.submodels[key], checkpoint.variant, graphs), storage)
         for key, (name, graphs) in components.items()
     }
 

@@ -20,11 +20,17 @@ from .check import check_graph
 from .checkpoint import SubModel
 from .graphs import NETWORKS, Graph
 from .torch_session import TorchSession
-from .trace import TRANSPOSED, clean, linear_weights, link_weights, trace, use_transposed
+from .trace import TRANSPOSED, cast_weights, clean, linear_weights, link_weights, trace, use_transposed
 from .weight_files import TensorToWrite, WeightsFile, write_safetensors
 from .weights import Weights, check_names
 
 TORCH_DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What weights may be stored in, by what the graphs compute in
+STORAGES: Mapping[Precision, tuple[Precision, ...]] = {
+    "fp32": ("fp32", "fp16", "bf16"),
+    "fp16": ("fp16",),
+    "bf16": ("bf16",),
+}
 # Networks with fewer parameters are checked without being asked to: it takes seconds.
 CHECKED_BELOW = 200_000_000
 
@@ -53,8 +59,11 @@ class Exported:
 class SourceNetwork:
     """A submodel's network on the meta device beside its weights on disk, names and shapes checked."""
 
-    def __init__(self, job: Job) -> None:
-        """Raises CheckpointError for a config or weights that do not fit."""
+    def __init__(self, job: Job, storage: Precision | None = None) -> None:
+        """`storage` is what weights are stored in where that is not what graphs compute in: 16 bits under fp32.
+
+        Raises CheckpointError for a config or weights that do not fit.
+        """
         kind = NETWORKS.get(job.submodel.class_name)
         if kind is None:
             known = " or ".join(NETWORKS)
@@ -74,6 +83,14 @@ class SourceNetwork:
         self.weights = Weights.open(job.submodel.folder, job.variant)
         expected = {self.stored_name(name): tensor.shape for name, tensor in self.network.state_dict().items()}
         check_names(job.submodel.class_name, expected, self.weights, kind.unused)
+        self.rounded: Mapping[str, torch.dtype] = {} if storage is None else self.types(storage)
+
+    def types(self, precision: Precision) -> dict[str, torch.dtype]:
+        """The types that the network's tensors have at a precision; the network itself is in fp32 afterwards."""
+        self.network.set_precision(TORCH_DTYPES[precision])
+        types = {name: tensor.dtype for name, tensor in self.network.state_dict().items()}
+        self.network.set_precision(torch.float32)
+        return types
 
     @property
     def parameters(self) -> int:
@@ -88,10 +105,15 @@ class SourceNetwork:
         """A tensor by its name in the network, in its stored type."""
         return self.weights.read(self.stored_name(name))
 
+    def read_rounded(self, name: str) -> Tensor:
+        """A tensor by its name in the network, in the type that fp32 graphs find in the bundle."""
+        tensor = self.read(name)
+        return tensor.to(self.rounded.get(name, tensor.dtype))
+
     def sessions(self) -> dict[str, TorchSession]:
-        """Its graphs under PyTorch, by component."""
+        """Its graphs under PyTorch, by component; they compute with what fp32 graphs read."""
         return {
-            component: TorchSession(component, self.network, self.graphs[key], self.read)
+            component: TorchSession(component, self.network, self.graphs[key], self.read_rounded)
             for key, component in self.job.components.items()
         }
 
@@ -120,7 +142,8 @@ class Writer:
             return source.read(name).T if name in transposed else source.read(name)
 
         def entry(name: str, tensor: Tensor) -> TensorToWrite:
-            dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+            dtype = str(source.rounded.get(name, tensor.dtype)).removeprefix("torch.")
+            shape = tuple(tensor.shape)
             stored, shape = (name + TRANSPOSED, shape[::-1]) if name in transposed else (name, shape)
             return TensorToWrite(stored, dtype, shape, partial(read, name))
 
@@ -167,7 +190,7 @@ def export_network(
 def save_graph(
     source: SourceNetwork, model: ir.Model, key: str, written: WeightsFile, folder: Path, precision: Precision
 ) -> Component:
-    """Point a traced graph at its weights, clean it, and write it.
+    """Point a traced graph at its weights, clean it, cast what is stored in fewer bits, and write it.
 
     Graphs lie at the top of the bundle: external data must be below the folder of the graph that names it.
     """
@@ -175,6 +198,7 @@ def save_graph(
     path = folder / f"{name}.onnx"
     link_weights(model, weights_path(source.job.name), folder, written.tensors, source.network.constants())
     clean(model)
+    cast_weights(model)
     ir.save(model, path)
     tensors = [value.const_value for value in model.graph.initializers.values()]
     return Component(

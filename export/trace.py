@@ -33,6 +33,17 @@ ONNX_DTYPES = {
 MAX_INLINE = 64 * 1024
 
 
+class Widened(ir.LazyTensor):
+    """A tensor of the weights file in the type that the graph computes in, wider than that of the file."""
+
+    def __init__(self, stored: ir.ExternalTensor, dtype: ir.DataType) -> None:
+        def widen() -> ir.TensorProtocol:
+            return ir.tensor(stored.numpy().astype(dtype.numpy()), name=stored.name)
+
+        super().__init__(widen, dtype, ir.Shape(stored.shape), name=stored.name)
+        self.stored = stored
+
+
 class Method(nn.Module):
     """One method of a network as a module, as torch.export wants it."""
 
@@ -161,7 +172,8 @@ def link_weights(
 ) -> None:
     """Point every initializer at its bytes: `location` is relative to `folder`, where the graph file will lie.
 
-    `constants` are buffers that no checkpoint stores, by name; they lie inside the graph file.
+    `constants` are buffers that no checkpoint stores, by name; they lie inside the graph file. Weights that are stored
+    in another type than the graph computes in are `Widened`, for `cast_weights`.
     """
     for name, value in model.graph.initializers.items():
         if name in constants:
@@ -169,10 +181,12 @@ def link_weights(
         elif name in tensors:
             place = tensors[name]
             dtype, shape = ONNX_DTYPES[place.dtype], ir.Shape(place.shape)
-            value.const_value = ir.ExternalTensor(
+            stored = ir.ExternalTensor(
                 location, place.offset, place.length, dtype, shape=shape, name=name, base_dir=folder
             )
-            value.shape, value.dtype = shape, dtype
+            # What folds constants has to see the type that the rest of the graph has.
+            value.const_value = stored if value.dtype in (None, dtype) else Widened(stored, value.dtype)
+            value.shape, value.dtype = shape, value.const_value.dtype
         else:
             raise RuntimeError(f"the graph reads {name!r}, which is neither a weight nor a constant of the network")
 
@@ -192,5 +206,23 @@ def clean(model: ir.Model) -> None:
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor) and tensor is not None and tensor.nbytes > MAX_INLINE:
+        if tensor is not None and not isinstance(tensor, ir.ExternalTensor | Widened) and tensor.nbytes > MAX_INLINE:
             raise RuntimeError(f"{name}: {tensor.nbytes} bytes would lie inside the graph")
+
+
+def cast_weights(model: ir.Model) -> None:
+    """Read every `Widened` weight as it is stored, through one Cast before the first node that uses it.
+
+    After `clean`, which would fold the casts of small weights into the graph file.
+    """
+    for node in list(model.graph):
+        for value in node.inputs:
+            if value is None or not isinstance(value.const_value, Widened):
+                continue
+            wide = value.const_value
+            result = ir.Value(name=f"{value.name}.cast", shape=value.shape, type=ir.TensorType(wide.dtype))
+            ir.convenience.replace_all_uses_with(value, result)
+            to = ir.AttrInt64("to", wide.dtype.value)
+            cast = ir.Node("", "Cast", [value], [to], outputs=[result], name=f"{value.name}.cast")
+            model.graph.insert_before(node, cast)
+            value.const_value, value.dtype = wide.stored, wide.stored.dtype

@@ -31,9 +31,13 @@ def command(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder to make.", show_default=False)
     ],
-    precision: Annotated[
-        Literal["fp32", "fp16", "bf16"], typer.Option(help="What the graphs compute in and weights are stored in.")
-    ] = "fp32",
+    precision: Annotated[Literal["fp32", "fp16", "bf16"], typer.Option(help="What the graphs compute in.")] = "fp32",
+    storage: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None,
+        typer.Option(
+            help="What weights are stored in, if not in --precision; fp16 halves an fp32 bundle.", show_default=False
+        ),
+    ] = None,
     check: Annotated[
         bool | None,
         typer.Option(
@@ -68,8 +72,8 @@ def command(
 
         report("reading checkpoints")
         folder = export_bundle(
-            list(checkpoints), output, precision=precision, check=check, revision=revision, variant=variant,
-            overwrite=overwrite, report=report, make_reference=make_reference,
+            list(checkpoints), output, precision=precision, storage=storage, check=check, revision=revision,
+            variant=variant, overwrite=overwrite, report=report, make_reference=make_reference,
         )  # fmt: skip
     from ..engines.bundle import open_bundle
 

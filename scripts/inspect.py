@@ -72,7 +72,9 @@ def show(bundle: Bundle, checked: bool) -> None:
     """Print it for people."""
     manifest, out = bundle.manifest, stdout()
     size = f"{size_text(total_size(manifest))} in {len(manifest.files())} files"
-    out.print(f"[bold]{manifest.family}[/] {manifest.precision}, {size}{', all hashes right' if checked else ''}")
+    stored = "" if manifest.storage is None else f", weights stored in {manifest.storage}"
+    hashes = ", all hashes right" if checked else ""
+    out.print(f"[bold]{manifest.family}[/] {manifest.precision}{stored}, {size}{hashes}")
     out.print(str(bundle.folder), markup=False, soft_wrap=True)
     out.print()
     out.print(role_table(manifest))

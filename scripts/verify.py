@@ -209,7 +209,7 @@ def references_of(bundle: Bundle, checkpoint: Checkpoint) -> dict[str, Reference
         raise CheckpointError(f"{checkpoint.name} is a checkpoint for {', '.join(unused)}; {bundle.folder} has {has}")
     decoder = next((role for role in roles(checkpoint) if role != "prior"), None)
     found = {}
-    for submodel, network in network_sources(checkpoint).items():
+    for submodel, network in network_sources(checkpoint, bundle.manifest.storage).items():
         record = records[decoder if decoder and submodel in ("unet", "movq") else "prior"]
         fields = {
             key: key if submodel in ("unet", "prior") else f"{submodel}_{key}".rstrip("_") for key in network.graphs

@@ -25,7 +25,9 @@ from kandrt.scripts import console, doctor
 from kandrt.scripts.cli import app
 
 COMMANDS = ("export", "generate", "inspect", "verify", "doctor")
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "numpy", "PIL", "tokenizers", "safetensors")
+HEAVY = (
+    "torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "openvino", "numpy", "PIL", "tokenizers", "safetensors",
+)  # fmt: skip
 
 
 def run(*args: str | Path) -> Result:
@@ -249,7 +251,9 @@ def test_doctor_reports_this_machine() -> None:
     packages = {(package["name"], package["extra"]): package for package in found["packages"]}
     assert packages["torch", "export"]["fits"] is True
     assert ("pytest", "test") not in packages
-    assert {(device["backend"], device["device"]) for device in found["devices"]} >= {("onnxruntime", "cpu")}
+    precisions = {(device["backend"], device["device"]): device["precisions"] for device in found["devices"]}
+    assert precisions["onnxruntime", "cpu"] == ["fp32", "fp16"]
+    assert precisions.keys() == {("onnxruntime", "cpu"), ("onnxruntime", "cuda"), ("openvino", "cpu")}
     assert found["can_export"] is True
     assert found["cpus"] >= 1
     text = run("doctor").stdout
@@ -258,7 +262,7 @@ def test_doctor_reports_this_machine() -> None:
 
 
 def test_doctor_says_how_to_install_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torch", "onnxruntime"):
+    for name in ("torch", "onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, name, None)
     result = run("doctor")
     assert result.exit_code == 0
@@ -355,12 +359,13 @@ def test_export_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path:
         return bundle
 
     monkeypatch.setattr(exporter, "export_bundle", fake)
-    options = ("--precision", "fp16", "--no-check", "--revision", "main", "--variant", "fp16", "--overwrite")
-    result = run("export", "a/prior", "a/decoder", "-o", tmp_path / "bundle", *options)
+    options = ("--precision", "fp32", "--storage", "fp16", "--no-check", "--revision", "main", "--variant", "fp16")
+    result = run("export", "a/prior", "a/decoder", "-o", tmp_path / "bundle", *options, "--overwrite")
     assert result.exit_code == 0
     assert given == {
-        "checkpoints": ["a/prior", "a/decoder"], "output": tmp_path / "bundle", "precision": "fp16", "check": False,
-        "revision": "main", "variant": "fp16", "overwrite": True, "make_reference": make_reference,
+        "checkpoints": ["a/prior", "a/decoder"], "output": tmp_path / "bundle", "precision": "fp32",
+        "storage": "fp16", "check": False, "revision": "main", "variant": "fp16", "overwrite": True,
+        "make_reference": make_reference,
     }  # fmt: skip
     assert "tracing something" in result.stderr
     assert "noise of a library" in result.stderr
