@@ -162,7 +162,7 @@ def write_vocabulary(folder: Path, merges: int | None) -> None:
     """Write CLIP's merges.txt, its first `merges` or all, and the vocab.json that follows from them."""
     lines = gzip.decompress((CONFIGS / MERGES).read_bytes()).decode().splitlines()
     version, pairs = lines[0], lines[1:] if merges is None else lines[1 : 1 + merges]
-    symbols = _byte_symbols()
+    symbols = byte_symbols()
     joined = (pair.replace(" ", "") for pair in pairs)
     tokens = (*symbols, *(f"{symbol}</w>" for symbol in symbols), *joined, *SPECIAL_TOKENS)
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -171,7 +171,7 @@ def write_vocabulary(folder: Path, merges: int | None) -> None:
     (folder / "merges.txt").write_bytes("\n".join([version, *pairs, ""]).encode())
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """Give the characters that stand for bytes in byte-level BPE: `bytes_to_unicode` of openai/CLIP, in its order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = 256 - len(printable)

@@ -24,7 +24,7 @@ FILES = sorted(path.relative_to(ROOT) for layer in LAYERS for path in (ROOT / la
 # Library -> the files that may import it, lazily or not; `if TYPE_CHECKING` may anywhere.
 EXPORT_ONLY = r"export/.*"
 MAY_IMPORT: dict[str, str] = {
-    "torch": EXPORT_ONLY,
+    "torch": r"export/.*|scripts/train_miniature/.*|scripts/bench.*",  # as what trains, and as a contender's tensors
     "transformers": EXPORT_ONLY,
     "onnx": EXPORT_ONLY,
     "onnxscript": EXPORT_ONLY,
@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, str] = {
     "huggingface_hub": EXPORT_ONLY,
     "diffusers": r"scripts/bench.*",  # as the contender of a benchmark
     "onnxruntime": r"engines/ort\.py|export/check\.py",
+    "openvino": r"engines/openvino\.py",
     "cupy": r"engines/.*",
 }
 
@@ -186,6 +187,7 @@ def test_every_file_keeps_the_rules(rule: object) -> None:
         (wrong_libraries, "scripts/a.py", "def f():\n    import huggingface_hub.utils"),
         (wrong_libraries, "export/a.py", "import diffusers"),
         (wrong_libraries, "engines/a.py", "import onnxruntime as ort"),
+        (wrong_libraries, "engines/a.py", "from openvino import Core"),
         (wrong_libraries, "runtime/a.py", "import cupy"),
         (wrong_libraries, "runtime/a.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import torch"),
         (dangerous_calls, "export/a.py", "pickle.load(file)"),
@@ -224,6 +226,7 @@ def test_the_rules_see(rule: object, path: str, source: str) -> None:
         ("runtime/a.py", "from .images import open_image\nfrom . import masks\nimport onnxruntime_tools"),
         ("runtime/a.py", "if TYPE_CHECKING:\n    import torch"),
         ("engines/ort.py", "import onnxruntime\nimport cupy"),
+        ("engines/backends.py", "from .openvino import OpenVinoSession"),
         ("scripts/bench_contenders.py", "import diffusers"),
         ("export/a.py", "subprocess.run(['ls'], shell=False)\nexcept_this = pickle.UnpicklingError"),
         ("export/a.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES),
@@ -258,7 +261,7 @@ def test_no_file_without_a_subject() -> None:
 # Running without PyTorch
 
 ABSENT = ("torch", "transformers", "diffusers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub")
-LAZY = ("onnxruntime", "cupy")
+LAZY = ("onnxruntime", "openvino", "cupy")
 IMPORT_ALL = """
 import importlib, sys
 absent, lazy, modules = (names.split() for names in sys.argv[1:])

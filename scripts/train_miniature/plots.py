@@ -1,0 +1,31 @@
+"""Loss curves of every stage as one picture."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from .loop import LOG
+
+COLUMNS, PANEL = 2, (6.0, 3.2)  # panels side by side; inches
+
+
+def plot_losses(work: Path, stages: Sequence[str], output: Path) -> None:
+    """Draw the logs of `stages` that there are."""
+    from matplotlib.figure import Figure
+
+    logs = [(stage, work / stage / LOG) for stage in stages if (work / stage / LOG).exists()]
+    rows = -(-len(logs) // COLUMNS)
+    figure = Figure((PANEL[0] * COLUMNS, PANEL[1] * rows), layout="constrained")
+    for panel, (stage, path) in enumerate(logs, 1):
+        with path.open(newline="") as file:
+            header, *lines = csv.reader(file)
+        axes = figure.add_subplot(rows, COLUMNS, panel)
+        steps = [int(line[0]) for line in lines]
+        for column, name in enumerate(header[2:], 2):
+            axes.plot(steps, [float(line[column]) for line in lines], label=name, linewidth=1)
+        axes.set(title=stage, xlabel="step", yscale="log")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(output, dpi=110)
