@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import BackendError, BundleError
+from .errors import BackendError
 from .manifest import Component
-from .session import Array
-from .spec import DType, TensorSpec, check_arrays
+from .session import Array, ComponentSession
+from .spec import DType, TensorSpec
 
 # ONNX Runtime's names of the types of tensors
 DTYPES: Mapping[str, DType] = {
@@ -41,11 +41,13 @@ def probe(device: str) -> None:
             raise BackendError("device 'cuda': no GPU found")
 
 
-class OrtSession:
+class OrtSession(ComponentSession):
     """A component of a bundle under ONNX Runtime, on the CPU or a CUDA device.
 
     Arrays are NumPy arrays on the CPU; on CUDA they may be anything that speaks DLPack, and outputs are CuPy arrays.
     """
+
+    library = "onnxruntime"
 
     def __init__(self, name: str, graph: Path, component: Component, device: str, threads: int | None = None) -> None:
         """Open `graph`, with `threads` of the CPU or as many as it has cores.
@@ -55,8 +57,7 @@ class OrtSession:
         """
         import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 
-        self.name = name
-        self._component = component
+        super().__init__(name, component)
         provider = PROVIDERS[device]
         probe(device)
         options = ort.SessionOptions()
@@ -64,49 +65,16 @@ class OrtSession:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self._session: Any = ort.InferenceSession(str(graph), options, providers=[provider])
+            self._session = ort.InferenceSession(str(graph), options, providers=[provider])
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise BackendError(f"{name}: onnxruntime cannot open {graph}: {error}") from error
         if self._session.get_providers()[0] != provider:
             raise BackendError(f"{name}: asked onnxruntime for {provider}, it runs {self._session.get_providers()[0]}")
         self._device = device
-        self._check_specs()
+        self.check_specs(specs(self._session.get_inputs()), specs(self._session.get_outputs()))
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What a call takes."""
-        return self._component.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What a call gives."""
-        return self._component.outputs
-
-    def _check_specs(self) -> None:
-        """The manifest and the graph must say the same of their tensors, names of dynamic axes apart."""
-        described = ((self._session.get_inputs(), self.inputs), (self._session.get_outputs(), self.outputs))
-        for values, specs in described:
-            graph = [TensorSpec(v.name, DTYPES.get(v.type, v.type), tuple(v.shape)) for v in values]
-            if set(map(fixed, graph)) != set(map(fixed, specs)):
-                raise BundleError(
-                    f"{self.name}: the manifest says {', '.join(map(str, specs))}, "
-                    f"the graph has {', '.join(map(str, graph))}; export the bundle again"
-                )
-
-    def __call__(self, **arrays: Array) -> dict[str, Array]:
-        """Run the graph once.
-
-        Raises InputError for arrays that do not fit the inputs, BackendError where ONNX Runtime fails, out of memory
-        included.
-        """
-        if self._session is None:
-            raise BackendError(f"{self.name}: the session is closed; load the bundle again")
-        axes = check_arrays(self.name, self.inputs, arrays)
-        try:
-            return self._run_cpu(arrays) if self._device == "cpu" else self._run_cuda(arrays)
-        except Exception as error:
-            sizes = ", ".join(f"{axis} {length}" for axis, length in axes.items())
-            raise BackendError(f"{self.name}: onnxruntime failed at {sizes}: {error}") from error
+    def _run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        return self._run_cpu(arrays) if self._device == "cpu" else self._run_cuda(arrays)
 
     def _run_cpu(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         names = [spec.name for spec in self.outputs]
@@ -135,11 +103,7 @@ class OrtSession:
             spec.name: array_of(spec, value) for spec, value in zip(self.outputs, binding.get_outputs(), strict=True)
         }
 
-    def close(self) -> None:
-        """Free the graph's memory."""
-        self._session = None
 
-
-def fixed(spec: TensorSpec) -> tuple[str, str, tuple[int | None, ...]]:
-    """Name, type and shape of a tensor, its dynamic axes without their names: those are ONNX Runtime's to change."""
-    return spec.name, spec.dtype, tuple(axis if isinstance(axis, int) else None for axis in spec.shape)
+def specs(values: Sequence[Any]) -> list[TensorSpec]:
+    """Inputs or outputs as ONNX Runtime describes them."""
+    return [TensorSpec(v.name, DTYPES.get(v.type, v.type), tuple(v.shape)) for v in values]

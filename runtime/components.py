@@ -9,6 +9,7 @@ from typing import Literal
 from ..engines.backends import check_backend, open_component
 from ..engines.bundle import Bundle
 from ..engines.errors import BackendError, InputError, NumericalError
+from ..engines.manifest import Precision
 from ..engines.session import Session
 
 Memory = Literal["keep", "stage"]
@@ -23,11 +24,12 @@ class Components:
         backend: str,
         device: str,
         *,
+        precision: Precision | None = None,
         memory: Memory = "keep",
         threads: int | None = None,
         sessions: Mapping[str, Session] | None = None,
     ) -> None:
-        """`sessions` replace components by name, in which case `backend` need not be installed.
+        """`precision` None is that of the bundle; `sessions` replace components, and then `backend` may be absent.
 
         Raises InputError or BackendError where the backend cannot be used.
         """
@@ -36,6 +38,7 @@ class Components:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads: expected a whole number of 1 or more, found {threads!r}")
         self.bundle, self.backend, self.device = bundle, backend, device
+        self.precision: Precision = bundle.manifest.precision if precision is None else precision
         self._memory, self._threads = memory, threads
         self._given = dict(sessions or {})
         unknown = sorted(self._given.keys() - bundle.manifest.components.keys())
@@ -45,7 +48,7 @@ class Components:
         self._open: dict[str, Session] = {}
         self._closed = False
         if not self._given.keys() >= bundle.manifest.components.keys():
-            check_backend(backend, device, bundle.manifest.precision)
+            check_backend(backend, device, bundle.manifest.precision, precision)
 
     @property
     def opened(self) -> tuple[str, ...]:
@@ -62,7 +65,14 @@ class Components:
         return self._open[name]
 
     def _open_component(self, name: str) -> Session:
-        return open_component(self.bundle, name, backend=self.backend, device=self.device, threads=self._threads)
+        return open_component(
+            self.bundle,
+            name,
+            backend=self.backend,
+            device=self.device,
+            precision=self.precision,
+            threads=self._threads,
+        )
 
     @contextmanager
     def stage(self, name: str, *components: str) -> Iterator[None]:

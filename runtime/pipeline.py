@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..engines.bundle import open_bundle
 from ..engines.errors import BundleError
-from ..engines.manifest import Manifest
+from ..engines.manifest import Manifest, Precision
 from ..engines.session import Session
 from .components import Components, Memory
 from .decoder import Decoder, Result
@@ -34,6 +34,11 @@ class Kandinsky:
     def manifest(self) -> Manifest:
         """What the bundle says of itself."""
         return self._components.bundle.manifest
+
+    @property
+    def precision(self) -> Precision:
+        """What the networks compute in."""
+        return self._components.precision
 
     @property
     def opened(self) -> tuple[str, ...]:
@@ -124,17 +129,23 @@ def load(
     *,
     backend: str = "onnxruntime",
     device: str = "cpu",
+    precision: Precision | None = None,
     memory: Memory = "keep",
     threads: int | None = None,
     sessions: Mapping[str, Session] | None = None,
 ) -> Kandinsky:
     """Open a bundle; its components are opened when they are first used.
 
-    backend: "onnxruntime". device: "cpu" or "cuda". memory: "keep" leaves components open between calls, "stage"
-    closes each after its stage, so that no two large ones are in memory together. threads: of the CPU, by default all.
-    sessions: run these in place of the bundle's components, by name.
+    backend: "onnxruntime" or "openvino". device: "cpu" or "cuda". precision: what to compute in, by default what the
+    bundle was exported in; "openvino" computes fp32 bundles in "bf16" too, their timestep embeddings apart. memory:
+    "keep" leaves components open between calls, "stage" closes each after its stage, so that no two large ones are in
+    memory together. threads: of the CPU, by default all. sessions: run these in place of the bundle's components, by
+    name.
 
-    Raises BundleError for a damaged bundle, InputError and BackendError where backend or device cannot be used.
+    Raises BundleError for a damaged bundle, InputError and BackendError where backend, device or precision cannot be
+    used.
     """
-    opened = open_bundle(bundle)
-    return Kandinsky(Components(opened, backend, device, memory=memory, threads=threads, sessions=sessions))
+    components = Components(
+        open_bundle(bundle), backend, device, precision=precision, memory=memory, threads=threads, sessions=sessions
+    )
+    return Kandinsky(components)

@@ -18,7 +18,7 @@ EXAMPLE = "kandrt doctor"
 
 # Packages that are not imported by their own name.
 MODULES = {"pillow": "PIL", "onnxruntime-gpu": "onnxruntime", "cupy-cuda13x": "cupy"}
-EXTRAS = ("", "cpu", "cuda", "export")  # those a user installs
+EXTRAS = ("", "cpu", "cuda", "openvino", "export")  # those a user installs
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<least>[\w.]+)(\s*;\s*extra\s*==\s*['\"](?P<extra>\w+)['\"])?")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -36,12 +36,16 @@ class Package:
 
 @dataclass(frozen=True)
 class Device:
-    """A device of a backend: `problem` says why it cannot be used here, and is None where it can."""
+    """A device of a backend: `problem` says why it cannot be used here, and is None where it can.
+
+    precisions are those that it computes in here.
+    """
 
     backend: str
     device: str
     library: str | None
     problem: str | None
+    precisions: list[str]
 
 
 @dataclass(frozen=True)
@@ -153,13 +157,15 @@ def pip_line(extra: str) -> str:
 
 def known_devices() -> list[Device]:
     """Every device of every backend, with what keeps it from being used."""
-    from ..engines.backends import BACKENDS, unusable
+    from ..engines.backends import BACKENDS, precisions, unusable
 
-    return [
-        Device(name, device, backend.installed(), unusable(name, device))
-        for name, backend in BACKENDS.items()
-        for device in backend.devices
-    ]
+    devices = []
+    for name, backend in BACKENDS.items():
+        for device in backend.devices:
+            problem = unusable(name, device)
+            computes = [] if problem else [str(precision) for precision in precisions(name, device)]
+            devices.append(Device(name, device, backend.installed(), problem, computes))
+    return devices
 
 
 def memory() -> int | None:
@@ -193,10 +199,10 @@ def show(found: Diagnosis) -> None:
         packages.add_row(package.name, package.extra or "all", f"{package.least} or later", state)
     out.print(packages)
     out.print()
-    devices = table("backend", "device", "library", "state")
+    devices = table("backend", "device", "library", "precisions", "state")
     for device in found.devices:
         state = "[green]ready[/]" if device.problem is None else device.problem.replace("[", r"\[")
-        devices.add_row(device.backend, device.device, device.library or "none", state)
+        devices.add_row(device.backend, device.device, device.library or "none", ", ".join(device.precisions), state)
     out.print(devices)
     out.print()
     for what, can in (

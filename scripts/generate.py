@@ -143,8 +143,15 @@ def command(
         int | None, typer.Option(help="Repeats a picture; by default a random one.", show_default=False)
     ] = None,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
-    backend: Annotated[str, typer.Option(help="What runs the graphs.")] = "onnxruntime",
+    backend: Annotated[str, typer.Option(help="What runs the graphs: onnxruntime or openvino.")] = "onnxruntime",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None,
+        typer.Option(
+            help="What to compute in; by default what the bundle was exported in. openvino has bf16 for fp32 bundles.",
+            show_default=False,
+        ),
+    ] = None,
     memory: Annotated[
         Literal["keep", "stage"], typer.Option(help="stage closes each network when its stage is over.")
     ] = "keep",
@@ -168,12 +175,12 @@ def command(
 
     with warnings_in_line(), clock() as measured:
         measured.begin("prior")
-        with load(bundle, backend=backend, device=device, memory=memory, threads=threads) as k:
+        with load(bundle, backend=backend, device=device, precision=precision, memory=memory, threads=threads) as k:
             result = k(prompt, **settings, callback=measured.step)
-            manifest = k.manifest
+            manifest, engine = k.manifest, {"backend": backend, "precision": k.precision}
             log.debug("opened %s", ", ".join(k.opened))
         measured.end()
-    facts = metadata(bundle, manifest, prompt, settings, result)
+    facts = metadata(bundle, manifest, prompt, settings, result) | engine
     files = save(result, output, facts)
     if json:
         height, width = result.array.shape[1:3]
@@ -251,7 +258,6 @@ def metadata(
         "scheduler": settings["scheduler"] or schedulers(manifest, manifest.decoders[role].scheduler)[0],
         "size": f"{width}x{height}",
         "bundle": bundle.resolve().name,
-        "precision": manifest.precision,
         "kandrt": version("kandrt"),
     }
 

@@ -87,7 +87,7 @@ def test_picture_says_how_it_was_made(bundle: Path, tmp_path: Path) -> None:
     assert facts == {
         "prompt": PROMPT, "negative_prompt": "ünscharf", "seed": "7", "steps": "2", "guidance_scale": "4.0",
         "prior_steps": "2", "prior_guidance_scale": "4.0", "scheduler": "ddpm", "size": "128x64", "bundle": "bundle",
-        "precision": "fp32", "kandrt": version("kandrt"),
+        "backend": "onnxruntime", "precision": "fp32", "kandrt": version("kandrt"),
     }  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_defaults_are_those_of_the_python_surface() -> None:
     surface, opening = (inspect.signature(function).parameters for function in (Kandinsky.__call__, load))
     options = inspect.signature(generate.command).parameters
     shared = [name for name in options if name in surface or name in opening]
-    assert len(shared) == 18
+    assert len(shared) == 19
     for name in shared:
         assert options[name].default == (surface.get(name) or opening[name]).default, name
 
@@ -179,6 +179,7 @@ def test_folder_that_refuses_files_is_found_before_anything_is_opened(
         (("--mask", "missing.png"), "mask: inpainting needs image"),
         (("--backend", "abacus"), "backend: expected 'onnxruntime'"),
         (("--device", "tpu"), "expected 'cpu' or 'cuda'"),
+        (("--precision", "fp16"), "only in fp32, found precision 'fp16'; export it with --precision fp16"),
         (("--threads", "0"), "threads: expected a whole number of 1 or more"),
         (("--seed", "-1"), "seed: expected an int"),
         (("--count", "0"), "count: expected a whole number"),

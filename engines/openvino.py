@@ -1,0 +1,166 @@
+"""Graphs run by OpenVINO."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from .errors import BackendError
+from .manifest import Component, Precision
+from .session import Array, ComponentSession
+from .spec import DType, TensorSpec, disagreement
+
+# OpenVINO's names of the types of tensors
+DTYPES: Mapping[str, DType] = {
+    "boolean": "bool",
+    "i32": "int32",
+    "i64": "int64",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "f32": "float32",
+}
+# What a bundle's fp32 layers compute in. Those of an fp16 bundle are in fp16 already, which OpenVINO computes in fp32
+# under this hint; its own hint of f16 silently becomes bf16 on a CPU without fp16.
+HINTS: Mapping[Precision, str] = {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}
+TELEMETRY = "openvino_telemetry"
+
+
+@functools.cache
+def core() -> Any:
+    """OpenVINO's entry point, one a process; BackendError where the installed library cannot be used."""
+    try:
+        return import_quietly().Core()
+    except Exception as error:  # a library that is installed and broken may raise anything
+        raise BackendError(f"openvino cannot be used: {error}; run: pip install 'kandrt[openvino]'") from error
+
+
+def import_quietly() -> Any:
+    """Import openvino without its telemetry.
+
+    Importing it reports to its makers over the network and leaves an identifier in the user's home folder, unless the
+    package for that is missing, which it is prepared for.
+    """
+    blocked = "openvino" not in sys.modules and TELEMETRY not in sys.modules
+    if blocked:
+        sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # Python's own way to say that there is none
+    try:
+        import openvino  # type: ignore[import-untyped, unused-ignore]
+    finally:
+        if blocked:
+            del sys.modules[TELEMETRY]
+    return openvino
+
+
+def kernels(device: str) -> frozenset[Precision]:
+    """What a device computes in without emulating it; BackendError where it cannot be used."""
+    probe(device)
+    capabilities = core().get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
+    return frozenset({"fp32", "fp16", *(("bf16",) if "BF16" in capabilities else ())})
+
+
+def probe(device: str) -> None:
+    """Raise BackendError where the installed openvino cannot run on `device`."""
+    available = core().available_devices
+    if device.upper() not in available:
+        raise BackendError(
+            f"device {device!r}: this build of openvino has {', '.join(available) or 'no devices'}; "
+            f"run: pip install 'kandrt[openvino]'"
+        )
+
+
+class OpenVinoSession(ComponentSession):
+    """A component of a bundle under OpenVINO, on the CPU: NumPy arrays in, new NumPy arrays out.
+
+    Calls from several threads wait for each other.
+    """
+
+    library = "openvino"
+
+    def __init__(
+        self, name: str, graph: Path, component: Component, precision: Precision, threads: int | None = None
+    ) -> None:
+        """Open `graph`, with `threads` of the CPU or as many as it has cores.
+
+        `precision` is what the layers compute in that the graph has in fp32; where there are none it changes nothing.
+
+        Raises BackendError where OpenVINO cannot run it at `precision`, BundleError where it is not what `component`
+        describes.
+        """
+        super().__init__(name, component)
+        probe("cpu")
+        self._graph, self._hint, self._lock = graph, HINTS[precision], Lock()
+        self._settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": self._hint,  # left out, it is bf16 on every CPU that has it
+            "PERFORMANCE_HINT": "LATENCY",
+            # Pinned, two processes of few threads would share the first cores and leave the others idle.
+            "ENABLE_CPU_PINNING": False,
+        }
+        if threads is not None:
+            self._settings["INFERENCE_NUM_THREADS"] = threads
+        model = self._read()
+        self.check_specs(specs(model.inputs), specs(model.outputs))
+        self._compiled = self._compile(model)
+        self._session, self._shapes = model, dict[str, list[int]]()
+
+    def _read(self) -> Any:
+        return self._or_fail(lambda: core().read_model(str(self._graph)))
+
+    def _compile(self, model: Any) -> Any:
+        compiled = self._or_fail(lambda: core().compile_model(model, "CPU", self._settings))
+        found = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if found != self._hint:
+            raise BackendError(f"{self.name}: asked openvino for {self._hint}, it computes in {found}")
+        return compiled
+
+    def _or_fail(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except Exception as error:  # RuntimeError and openvino's own
+            raise BackendError(f"{self.name}: openvino cannot open {self._graph}: {error}") from error
+
+    def _run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph on arrays that fit its inputs.
+
+        A compiled graph that fails may say nothing, give results of another call now or later, or end the process
+        (2026.4): so sizes are tried on the model first, a request serves one call, and after a failure the graph is
+        compiled anew.
+        """
+        with self._lock:
+            self._reshape({name: list(array.shape) for name, array in arrays.items()})
+            compiled = self._compile(self._read()) if self._compiled is None else self._compiled
+            self._compiled = None
+            results = compiled.create_infer_request().infer(dict(arrays), share_inputs=True, share_outputs=False)
+            outputs = {spec.name: results[spec.name] for spec in self.outputs}
+            problems = [p for spec in specs(self._session.outputs) for p in disagreement(spec, outputs[spec.name], {})]
+            if problems:
+                raise RuntimeError("; ".join(problems))
+            self._compiled = compiled
+        return outputs
+
+    def _reshape(self, shapes: dict[str, list[int]]) -> None:
+        """Let the model tell whether it can run arrays of these shapes, and what comes out."""
+        if shapes != self._shapes:
+            self._shapes = {}  # after an error the model has neither the old ones nor these
+            self._session.reshape(shapes)
+            self._shapes = shapes
+
+    def close(self) -> None:
+        """Free the graph's memory; calling it again does nothing."""
+        super().close()
+        self._compiled = None
+
+
+def specs(ports: Sequence[Any]) -> list[TensorSpec]:
+    """Inputs or outputs as OpenVINO describes them: it has no names for axes, so they are numbered."""
+    return [
+        TensorSpec(
+            port.any_name,
+            DTYPES.get(port.element_type.get_type_name(), port.element_type.get_type_name()),
+            tuple(axis.get_length() if axis.is_static else f"?{i}" for i, axis in enumerate(port.partial_shape)),
+        )
+        for port in ports
+    ]
