@@ -16,6 +16,7 @@ from ..engines.session import Session
 from .components import Components, Memory
 from .decoder import Decoder, Result
 from .images import ImageLike
+from .miniature import MINIATURE
 from .noise import Noise
 from .prior import Prior, check_scale, noise_source, row_noise
 from .sampling import Callback
@@ -125,7 +126,7 @@ class Kandinsky:
 
 
 def load(
-    bundle: str | Path,
+    bundle: str | Path | None = None,
     *,
     backend: str = "onnxruntime",
     device: str = "cpu",
@@ -134,7 +135,7 @@ def load(
     threads: int | None = None,
     sessions: Mapping[str, Session] | None = None,
 ) -> Kandinsky:
-    """Open a bundle; its components are opened when they are first used.
+    """Open a bundle, by default the miniature that comes with kandrt; components are opened when they are first used.
 
     backend: "onnxruntime" or "openvino". device: "cpu" or "cuda". precision: what to compute in, by default what the
     bundle was exported in; "openvino" computes fp32 bundles in "bf16" too, their timestep embeddings apart. memory:
@@ -146,6 +147,12 @@ def load(
     used.
     """
     components = Components(
-        open_bundle(bundle), backend, device, precision=precision, memory=memory, threads=threads, sessions=sessions
+        open_bundle(MINIATURE if bundle is None else bundle),
+        backend,
+        device,
+        precision=precision,
+        memory=memory,
+        threads=threads,
+        sessions=sessions,
     )
     return Kandinsky(components)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..engines.errors import BundleError, OutputError
-from .console import Json, log, print_json, stderr, stdout, warnings_in_line
+from ..engines.errors import OutputError
+from .console import Json, log, print_json, stderr, stdout, warn, warnings_in_line
 from .inspect import schedulers
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ def command(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="[BUNDLE] PROMPT", help="A folder that `kandrt export` made, and what to paint.", show_default=False
+            metavar="[BUNDLE] PROMPT",
+            help="A folder that `kandrt export` made, or none for the miniature built in; and what to paint.",
+            show_default=False,
         ),
     ],
     output: Annotated[
@@ -165,6 +167,8 @@ def command(
     """
     bundle, prompt = split_words(words)
     check_output(output)
+    if bundle is None:
+        check_prompt(prompt)
     settings: dict[str, Any] = {
         "negative_prompt": negative_prompt, "image": image, "mask": mask, "hint": hint, "strength": strength,
         "height": height, "width": width, "steps": steps, "guidance_scale": guidance_scale, "prior_steps": prior_steps,
@@ -191,8 +195,8 @@ def command(
         show(files, result, measured)
 
 
-def split_words(words: list[str]) -> tuple[Path, str]:
-    """Bundle and prompt; BundleError where no bundle is named, a usage error for anything but one or two words."""
+def split_words(words: list[str]) -> tuple[Path | None, str]:
+    """Bundle, None for the miniature, and prompt; a usage error for anything but one or two words."""
     if len(words) > 2:
         raise typer.BadParameter(
             f"expected a bundle and a prompt, found {len(words)} arguments; put the prompt in quotes",
@@ -202,10 +206,18 @@ def split_words(words: list[str]) -> tuple[Path, str]:
         return Path(words[0]), words[1]
     if Path(words[0], "manifest.json").is_file():
         raise typer.BadParameter(f"{words[0]} is a bundle; a prompt is needed too", param_hint="PROMPT")
-    raise BundleError(
-        "no bundle was named, and this version of kandrt has no model built in; "
-        "name one: kandrt generate BUNDLE PROMPT -o PICTURE"
-    )
+    return None, words[0]
+
+
+def check_prompt(prompt: str) -> None:
+    """Warn where the miniature was never told of what a prompt asks."""
+    from .miniature.captions import parse
+
+    if parse(prompt) is None:
+        warn(
+            "no bundle was named, so the miniature paints, which knows coloured shapes alone, such as "
+            '"a small red star on a striped blue background"; for another model: kandrt generate BUNDLE PROMPT'
+        )
 
 
 def check_output(output: Path) -> None:
@@ -244,7 +256,7 @@ def clock() -> Iterator[Clock]:
 
 
 def metadata(
-    bundle: Path, manifest: Manifest, prompt: str, settings: Mapping[str, Any], result: Result
+    bundle: Path | None, manifest: Manifest, prompt: str, settings: Mapping[str, Any], result: Result
 ) -> dict[str, str]:
     """What repeats a picture, as text; of files only the bundle's own name, because a path tells of its owner."""
     from importlib.metadata import version
@@ -257,7 +269,7 @@ def metadata(
         "seed": str(result.seed),
         "scheduler": settings["scheduler"] or schedulers(manifest, manifest.decoders[role].scheduler)[0],
         "size": f"{width}x{height}",
-        "bundle": bundle.resolve().name,
+        "bundle": "miniature" if bundle is None else bundle.resolve().name,
         "kandrt": version("kandrt"),
     }
 

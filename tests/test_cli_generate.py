@@ -125,12 +125,6 @@ def test_suffixes_are_those_that_can_be_written() -> None:
     assert tuple(_WRITABLE) == generate.SUFFIXES
 
 
-def test_bundle_left_out_is_an_error_that_asks_for_one(tmp_path: Path) -> None:
-    result = run(PROMPT, "-o", tmp_path / "a.png")
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: no bundle was named")
-
-
 def test_prompt_left_out_is_wrong_usage(bundle: Path, tmp_path: Path) -> None:
     result = run(bundle, "-o", tmp_path / "a.png")
     assert result.exit_code == 2
