@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,15 +16,18 @@ from PIL import Image
 
 from ..engines.backends import open_component
 from ..engines.bundle import open_bundle
+from ..engines.errors import InputError
 from ..engines.session import Session
-from ..runtime import Embeds, Kandinsky, load
-from ..runtime.images import image_pixels, to_array, to_pil
+from ..runtime import Kandinsky, load
+from ..runtime.images import image_pixels, save_image, to_array, to_pil
 from ..runtime.miniature import MINIATURE
 from .console import Json, guarded, print_json, stderr, stdout, table
+from .generate import check_output
 from .miniature.evaluation import GOALS, KEPT_LEVELS, MODES, Evaluation, evaluate
 from .miniature.shapes import Float32
 from .miniature.sheet import contact_sheet
-from .miniature.trials import SIDE, Painter
+from .miniature.trials import PATH, SIDE, Painter
+from .train_miniature.configs import MINI_PRIOR
 
 SHEET_COLUMNS, SHEET_CELLS = 6, 48
 
@@ -63,12 +66,18 @@ class KandrtPainter:
 
     def between(self, first: str, second: str, shares: Sequence[float], seed: int) -> list[Image.Image]:
         """Pictures on the way from one prompt to another."""
-        found = [self.model.prior.interpolate([first, second], [1 - share, share], seed=seed) for share in shares]
-        embeds = Embeds(
-            np.concatenate([one.image_embeds for one in found]),
-            np.concatenate([one.negative_image_embeds for one in found if one.negative_image_embeds is not None]),
-        )
-        return self.model.decoder(embeds, seed=[seed] * len(shares), **self.settings).images
+        return between(self.model, first, second, shares, seed, **self.settings)
+
+
+def between(
+    k: Kandinsky, first: str, second: str, shares: Sequence[float], seed: int, **settings: Any
+) -> list[Image.Image]:
+    """Pictures on the way from one prompt to another, all of one seed; a share of 1 is the second."""
+    pictures = []
+    for share in shares:
+        embeds = k.prior.interpolate([first, second], [1 - share, share], seed=seed)
+        pictures += k.decoder(embeds, seed=seed, **settings).images
+    return pictures
 
 
 @contextmanager
@@ -121,26 +130,32 @@ def command(
     if wrong:
         raise typer.BadParameter(f"expected {', '.join(MODES)}, found {', '.join(wrong)}", param_hint="--mode")
     modes = tuple(mode or MODES)
+    if sheet is not None:
+        if "text" not in modes:
+            raise typer.BadParameter("needs --mode text, whose pictures it shows", param_hint="--sheet")
+        check_output(sheet)
     settings = {"steps": steps, "scheduler": scheduler, "guidance_scale": guidance_scale}
     began = time.monotonic()
     with painter(model, settings, backend, precision, threads) as chosen, counting(total(modes, pictures)) as advance:
         result = evaluate(chosen, pictures, modes=modes, seed=seed, advance=advance)
-    if sheet is not None and result.cells:
-        contact_sheet(result.cells[:SHEET_CELLS], SHEET_COLUMNS).save(sheet)
     if json:
         scores = {name: {"right": score.right, "asked": score.asked} for name, score in result.scores.items()}
         kept = {} if result.kept_difference is None else {"kept_difference": result.kept_difference}
-        print_json({"scores": scores, **kept, "settings": settings, "seconds": round(time.monotonic() - began, 1)})
+        facts = {
+            "model": "miniature" if model is None else str(model), "backend": backend, "precision": precision,
+            "pictures": pictures, "seed": seed, "seconds": round(time.monotonic() - began, 1),
+        }  # fmt: skip
+        print_json({"scores": scores, **kept, **settings, **facts})
     else:
         show(result)
+    if sheet is not None:
+        save_image(contact_sheet(result.cells[:SHEET_CELLS], SHEET_COLUMNS), sheet, {})
     if not result.met():
         raise typer.Exit(1)
 
 
 def total(modes: Sequence[str], pictures: int) -> int:
     """How many pictures are to be made."""
-    from .miniature.trials import PATH
-
     return sum(max(pictures // 4, 1) * PATH if mode == "interpolation" else pictures for mode in modes)
 
 
@@ -149,17 +164,23 @@ def painter(
     model: Path | None, settings: dict[str, Any], backend: str, precision: Any, threads: int | None
 ) -> Iterator[Painter]:
     """What paints: diffusers for a folder of checkpoints, else kandrt."""
-    from .miniature_checkpoints import PRIOR
-
-    if model is not None and (model / PRIOR).is_dir():
+    if model is not None and (model / MINI_PRIOR).is_dir():
         from .bench_diffusers import DiffusersPainter
 
+        if backend != "onnxruntime" or precision not in (None, "fp32"):
+            raise InputError(
+                f"{model} holds checkpoints, which diffusers runs in fp32; leave out backend and precision"
+            )
         yield DiffusersPainter(model, settings, threads)
         return
-    settings_of = {"backend": backend, "precision": precision, "threads": threads}
+    settings_of: dict[str, Any] = {"backend": backend, "precision": precision, "threads": threads}
     bundle = open_bundle(MINIATURE if model is None else model)
-    with load(bundle.folder, **settings_of) as opened:
-        yield KandrtPainter(opened, settings, partial(open_component, bundle, device="cpu", **settings_of))
+    with load(bundle.folder, **settings_of) as opened, ExitStack() as stack:
+
+        def open_one(name: str) -> Session:
+            return stack.enter_context(closing(open_component(bundle, name, device="cpu", **settings_of)))
+
+        yield KandrtPainter(opened, settings, open_one)
 
 
 def show(result: Evaluation) -> None:

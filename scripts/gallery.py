@@ -11,9 +11,10 @@ import numpy as np
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
-from ..engines.errors import OutputError
-from ..runtime import Embeds, Kandinsky, load
+from ..runtime import Kandinsky, load
+from ..runtime.images import save_image
 from .console import guarded, stdout
+from .evaluate_miniature import between
 from .generate import check_output
 from .miniature.captions import parse
 from .miniature.drawing import depth, draw
@@ -23,16 +24,16 @@ from .miniature.sheet import GAP, INK, PAPER, Cell, contact_sheet
 from .miniature.trials import SIDE
 from .miniature.world import Figure, Scene
 
-TITLE_SIZE, TITLE_HEIGHT = 16, 26  # pixels
+TITLE_SIZE, TITLE_HEIGHT = 16, 32  # pixels
 SEED = 11
 
 TEXTS = (
     "a large red circle on a blue background",
     "a small yellow star in the top left on a black background",
     "a white heart on a striped red background",
-    "a purple ring above a green square on a white background",
+    "a purple ring at the top and a green square at the bottom on a white background",
     "a large orange triangle on a dotted purple background",
-    "a pink diamond left of a blue cross on a checked yellow background",
+    "a pink diamond on the left and a blue cross on the right on a checked yellow background",
 )
 IMAGE_TO_IMAGE = (
     ("a large red circle on a blue background", "a large green circle on a blue background"),
@@ -55,7 +56,10 @@ CONTROLNET = (
     (Figure("red", "star", "large", "top right"), "a large yellow star in the top right on a blue background"),
     (Figure("red", "cross", "large", "left"), "a large purple cross on the left on a green background"),
 )
-INTERPOLATION = ("a large red circle on a white background", "a large blue circle on a black background")
+INTERPOLATION = (
+    "a large red circle in the centre on a white background",
+    "a large blue circle in the centre on a black background",
+)
 COMBINED = (
     "a small green triangle in the bottom left on a pink background",
     "a large black ring on a gradient orange background",
@@ -112,12 +116,7 @@ def controlnet(k: Kandinsky) -> list[Painted]:
 
 def interpolation(k: Kandinsky) -> list[Painted]:
     shares = np.linspace(0, 1, 6).tolist()
-    found = [k.prior.interpolate(INTERPOLATION, [1 - share, share], seed=SEED) for share in shares]
-    embeds = Embeds(
-        np.concatenate([one.image_embeds for one in found]),
-        np.concatenate([one.negative_image_embeds for one in found if one.negative_image_embeds is not None]),
-    )
-    pictures = k.decoder(embeds, seed=[SEED] * len(shares)).images
+    pictures = between(k, *INTERPOLATION, shares, SEED)
     return [
         Painted((picture,), f"{1 - share:.0%} white, {share:.0%} black", None)
         if 0 < share < 1
@@ -178,10 +177,7 @@ def command(
         for title, section in SECTIONS.items():
             sections.append((title, section(k)))
             wrong += [f"{one.prompt}: {', '.join(one.wrong())}" for one in sections[-1][1] if one.wrong()]
-    try:
-        sheet(sections).save(output)
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
+    save_image(sheet(sections), output, {})
     judged = sum(one.prompt is not None for _, painted in sections for one in painted)
     stdout().print(f"{output}: {judged - len(wrong)} of {judged} pictures show what their captions say", soft_wrap=True)
     for line in wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -204,7 +205,7 @@ def split_words(words: list[str]) -> tuple[Path | None, str]:
         )
     if len(words) == 2:
         return Path(words[0]), words[1]
-    if Path(words[0], "manifest.json").is_file():
+    if os.path.isfile(os.path.join(words[0], "manifest.json")):  # noqa: PTH113, PTH118  # a prompt may be no path
         raise typer.BadParameter(f"{words[0]} is a bundle; a prompt is needed too", param_hint="PROMPT")
     return None, words[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +19,10 @@ from ..engines.errors import BundleError, OutputError
 from ..runtime.miniature import MINIATURE
 from .console import guarded, size_text, stdout
 from .miniature.drawing import draw_array
+from .miniature.trials import SIDE
 from .miniature.world import random_scene
-from .train_miniature.configs import CHECKPOINTS, SIDE, config, write_config_files
+from .train_miniature.configs import CHECKPOINTS, MINI_PRIOR, config, write_config_files
 
-PRIOR = "kandinsky-2-2-mini-prior"
 CODEBOOK, PICTURES = "quantize.embedding.weight", 16
 # What stands around a tensor's name in a bundle: the exporter's module, and the mark of a weight stored [in, out]
 PREFIX, TRANSPOSED = "network.", ".transposed"
@@ -77,7 +78,7 @@ def write_checkpoint(bundle: Bundle, name: str, folder: Path, tokenizer: Path) -
         arrays = {key: np.ascontiguousarray(array) for key, array in tensors(bundle, network)}
         if network == "movq":
             arrays[CODEBOOK] = codebook(bundle)
-        stem = "model" if name == PRIOR and submodel != "prior" else "diffusion_pytorch_model"
+        stem = "model" if name == MINI_PRIOR and submodel != "prior" else "diffusion_pytorch_model"
         save_file(arrays, folder / submodel / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
@@ -95,8 +96,8 @@ def codebook(bundle: Bundle) -> NDArray[np.float32]:
     rng = np.random.default_rng(0)
     drawn = np.stack([draw_array(random_scene(rng), SIDE) for _ in range(PICTURES)])
     pixels = np.ascontiguousarray(drawn.transpose(0, 3, 1, 2), np.float32) / np.float32(127.5) - 1
-    encoder = open_component(bundle, "movq_encoder", backend="onnxruntime", device="cpu")
-    cells = np.asarray(encoder(pixels=pixels)["latents"]).transpose(0, 2, 3, 1).reshape(-1, 4)
+    with closing(open_component(bundle, "movq_encoder", backend="onnxruntime", device="cpu")) as encoder:
+        cells = np.asarray(encoder(pixels=pixels)["latents"]).transpose(0, 2, 3, 1).reshape(-1, 4)
     return np.ascontiguousarray(cells[rng.permutation(len(cells))[: config("movq")["num_vq_embeddings"]]])
 
 

@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from kandrt.export.modules.unet import UNet, UNetConfig
 from kandrt.scripts.miniature.captions import caption
+from kandrt.scripts.miniature.trials import SIDE
 from kandrt.scripts.miniature.world import random_scene
 from kandrt.scripts.train_miniature import loop
 from kandrt.scripts.train_miniature.batches import Words, hints, pictures, scenes
 from kandrt.scripts.train_miniature.clip import labels, patch_labels
-from kandrt.scripts.train_miniature.configs import SIDE, TOKENS, config, write_tokenizer
+from kandrt.scripts.train_miniature.configs import TOKENS, config, write_tokenizer
 from kandrt.scripts.train_miniature.decoder import SCHEDULE, Process, widened
 from kandrt.scripts.train_miniature.stages import STAGES
 
@@ -69,7 +71,7 @@ class Line:
 
     def losses(self, rng: np.random.Generator, batch: int, progress: float) -> dict[str, Tensor]:
         if self.stop_at == len(self.seen):
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         x = torch.from_numpy(rng.normal(size=(batch, 1)).astype(np.float32)) + torch.randn(batch, 1)
         self.seen.append(float(x.sum()))
         loss = (self.network(x) - 3 * x).square().mean()
@@ -92,7 +94,7 @@ def test_a_training_learns_and_logs(tmp_path: Path) -> None:
     assert abs(float(other.weight.detach()) - 3) < 0.3
 
 
-@pytest.mark.parametrize("stop_at", [1, 33, 89])
+@pytest.mark.parametrize("stop_at", [0, 33, 88])
 def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(tmp_path: Path, stop_at: int) -> None:
     whole, first, second = Line(), Line(), Line()
     loop.train("line", whole, SETTINGS, tmp_path / "whole", bfloat16=False)
@@ -170,7 +172,7 @@ def test_labels_say_what_stands_where() -> None:
 # Diffusion
 
 
-def test_the_bound_is_least_where_the_variance_is_that_of_diffusers() -> None:
+def test_the_bound_takes_variances_as_diffusers_reads_them() -> None:
     """`variance` -1 and 1 are the two ends that DDPMScheduler interpolates between, as "learned_range" has it."""
     from diffusers import DDPMScheduler
 
@@ -180,7 +182,7 @@ def test_the_bound_is_least_where_the_variance_is_that_of_diffusers() -> None:
     process, shape = Process(SCHEDULE), (1, 4, 2, 2)
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.rand(shape, generator=generator) * 2 - 1, torch.randn(shape, generator=generator)
-    for t in (1, 10, 500, 998):
+    for t in (1, 2, 3, 5, 10):  # later the two ends are so near that there is no divergence to compare
         at = torch.tensor([t])
         noisy = process.noisy(clean, noise, at)
         assert torch.allclose(noisy, scheduler.add_noise(clean, noise, at), atol=1e-6)
@@ -191,8 +193,8 @@ def test_the_bound_is_least_where_the_variance_is_that_of_diffusers() -> None:
             # with the true noise the means agree: what is left is the divergence of two variances
             gap = scheduler._get_variance(t, predicted_variance=-torch.ones(shape), variance_type="learned_range")
             gap = gap - log_variance
-            # float32 rounding of the clean latents, divided by a root of alphas_cumprod of 0.04 at the end
-            assert float(found) == pytest.approx(float((0.5 * (-1 - gap + gap.exp())).mean()), abs=2e-3)
+            # both tables are float32 sums of logarithms; a divergence of 1e-5 is what rounding makes of none
+            assert float(found) == pytest.approx(float((0.5 * (-1 - gap + gap.exp())).mean()), rel=1e-2, abs=1e-5)
 
 
 def test_a_wrong_mean_costs() -> None:
@@ -240,13 +242,12 @@ def test_diffusers_runs_the_checkpoints(trained: Path) -> None:
     embeds = prior("a red circle", num_inference_steps=2).to_tuple()
     named = {"image_embeds": embeds[0], "negative_image_embeds": embeds[1]}
     settings = {**named, "num_inference_steps": 2, "height": SIDE, "width": SIDE, "output_type": "np"}
-    picture = np.zeros((SIDE, SIDE, 3), np.uint8)
+    picture, mask = Image.new("RGB", (SIDE, SIDE)), np.ones((SIDE, SIDE), np.float32)
     cases = (
         (KandinskyV22Pipeline, "decoder", {}),
         (KandinskyV22ControlnetPipeline, "controlnet-depth", {"hint": torch.zeros(1, 3, SIDE, SIDE)}),
-        (KandinskyV22InpaintPipeline, "decoder-inpaint", {"image": torch.from_numpy(picture).permute(2, 0, 1)[None]
-                                                          .float(), "mask_image": np.ones((SIDE, SIDE), np.float32)}),
-    )  # fmt: skip
+        (KandinskyV22InpaintPipeline, "decoder-inpaint", {"image": picture, "mask_image": mask}),
+    )
     for kind, name, extra in cases:
         pipeline = kind.from_pretrained(folder / f"kandinsky-2-2-mini-{name}")
         pipeline.set_progress_bar_config(disable=True)
@@ -269,6 +270,43 @@ def test_what_is_trained_is_not_trained_again(trained: Path) -> None:
     done = run("-o", trained, "--effort", EFFORT, "--stage", "movq")
     assert done.returncode == 0
     assert "movq: trained already" in done.stdout
+
+
+def test_a_folder_begun_in_another_way_is_refused(trained: Path) -> None:
+    done = run("-o", trained, "--stage", "movq")
+    assert done.returncode == 1
+    assert "was begun with" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_processes_learn_together_what_one_does(tmp_path: Path) -> None:
+    """Gradients are averaged, so both end with equal weights; a network of three batches is as wrong as before."""
+    program = """
+import os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[2])
+from test_train_miniature import Line
+from kandrt.scripts.train_miniature import loop
+dist.init_process_group("gloo")
+line = Line()
+loop.train("line", line, loop.Settings(60, 16, 0.1), Path(sys.argv[1]), bfloat16=False)
+weights = [torch.zeros_like(line.network.weight) for _ in range(2)]
+dist.all_gather(weights, line.network.weight.detach())
+assert torch.equal(*weights)
+assert abs(float(weights[0]) - 3) < 0.3, weights
+seen = [None, None]
+dist.all_gather_object(seen, line.seen)
+assert seen[0] != seen[1]
+dist.destroy_process_group()
+"""
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    arguments = [str(file), str(tmp_path / "out"), str(Path(__file__).parent)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -304,9 +342,10 @@ def test_ctrl_c_saves(tmp_path: Path, process: subprocess.Popen[str]) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from here" in stderr
+    assert "interrupted" in stderr
+    assert "the same command goes on from here" in stdout
     assert "Traceback" not in stderr
     state = torch.load(tmp_path / "work" / "movq" / loop.STATE, weights_only=True)
     assert state["step"] >= loop.LOG_EVERY

@@ -8,7 +8,9 @@ from itertools import count
 
 import numpy as np
 
+from .captions import parse
 from .judge import Score, Verdict, interpolation_path, is_monotone, judge, judge_hint, judge_inpainting, tally
+from .seeing import look
 from .sheet import Cell
 from .trials import BATCH, PATH, Painter, hint_trials, inpaint_trials, path_trials, text_trials
 
@@ -99,13 +101,20 @@ def inpaint(painter: Painter, pictures: int, seed: int, result: Evaluation, adva
 
 
 def interpolation(painter: Painter, pictures: int, seed: int, result: Evaluation, advance: Advance) -> None:
-    """Score whether colours go one way from the first prompt to the second."""
-    right = []
+    """Score whether colours go one way from the first prompt's background to the second's."""
+    right, ends = [], []
     shares = np.linspace(0, 1, PATH).tolist()
     for i, trial in zip(count(), path_trials(max(pictures // 4, 1), seed)):
-        right.append(is_monotone(interpolation_path(painter.between(trial.first, trial.second, shares, i))))
+        painted = painter.between(trial.first, trial.second, shares, i)
+        for picture, prompt in ((painted[0], trial.first), (painted[-1], trial.second)):
+            request = parse(prompt)
+            ends.append(request is not None and look(picture).background == request.background)
+        # a path between ends that look alike goes nowhere
+        differ = look(painted[0]).background != look(painted[-1]).background
+        right.append(differ and is_monotone(interpolation_path(painted)))
         advance("interpolation", PATH)
     result.scores["interpolation: monotone"] = share(right)
+    result.scores["interpolation: background of the ends"] = share(ends)
 
 
 MODES: Mapping[str, Callable[[Painter, int, int, Evaluation, Advance], None]] = {

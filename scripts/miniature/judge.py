@@ -126,13 +126,15 @@ class HintMatch:
 
     overlap: float
     """Intersection over union of all objects of the picture and of the hint."""
+    least: float
+    """Of the hint's objects the least share that objects of the picture cover."""
     distance: float
     """From each of the hint's objects to the picture's nearest, between centres of area; the largest, of the side."""
 
     @property
     def same_spot(self) -> bool:
         """Whether the picture's objects are where the hint's are."""
-        return self.overlap >= SAME_SPOT
+        return min(self.overlap, self.least) >= SAME_SPOT
 
 
 def judge_hint(picture: Image.Image, hint: Float32) -> HintMatch:
@@ -148,7 +150,8 @@ def judge_hint(picture: Image.Image, hint: Float32) -> HintMatch:
     found = [spotted.mask for spotted in look(picture).objects]
     drawn = np.logical_or.reduce([np.zeros_like(near), *found])
     distances = [min((gap(mask, other) for other in found), default=float("inf")) for mask in wanted]
-    return HintMatch(float((near & drawn).sum() / (near | drawn).sum()), max(distances))
+    least = min(float(drawn[mask].mean()) for mask in wanted)
+    return HintMatch(float((near & drawn).sum() / (near | drawn).sum()), least, max(distances))
 
 
 def gap(first: Bool, second: Bool) -> float:

@@ -1,6 +1,7 @@
 """What a model of the miniature is asked to paint when its pictures are judged.
 
-Trials are scenes of combinations that training never showed, the same for every model: a seed decides all of them.
+Every object that a prompt names is one of a colour and shape that training never showed on the background's colour.
+Trials are the same for every model: a seed decides all of them.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from .captions import Asked, Request, caption, everything, phrase
+from .captions import Asked, Caption, Request, caption, everything, phrase
 from .drawing import depth, draw
 from .masks import object_mask
 from .shapes import Float32
-from .world import COLOURS, SHAPES, Scene, held_out, pick, random_scene
+from .world import COLOURS, SHAPES, TWO_OBJECTS_SHARE, Scene, combination_held_out, held_out, pick, random_scene
 
 SIDE = 128  # pixels
 STRAYED = 0.04  # how far a hint's objects lie from their places
@@ -77,15 +78,35 @@ class PathTrial:
 def text_trials(count: int, seed: int = 0) -> list[TextTrial]:
     """Prompts as people write them, of one object or two."""
     rng = np.random.default_rng([seed, 1])
-    told = (caption(random_scene(rng, "held-out"), rng) for _ in range(count))
-    return [TextTrial(one.text, one.request) for one in told]
+    return [TextTrial(told.text, told.request) for _, told in (unseen_scene(rng) for _ in range(count))]
+
+
+def unseen_scene(rng: np.random.Generator, jitter: float | None = None) -> tuple[Scene, Caption]:
+    """A scene with a caption that asks for combinations alone that training never showed."""
+    count = 2 if rng.random() < TWO_OBJECTS_SHARE else 1
+    settings = {} if jitter is None else {"jitter": jitter}
+    while True:
+        scene = random_scene(rng, "held-out", count=count, **settings)
+        if unseen(everything(scene)) and unseen((told := caption(scene, rng)).request):
+            return scene, told
+
+
+def unseen(request: Request) -> bool:
+    """Whether every object that is asked is of a combination that training never showed."""
+    return all(
+        asked.colour is not None
+        and asked.shape is not None
+        and request.background is not None
+        and combination_held_out(asked.colour, asked.shape, request.background)
+        for asked in request.objects
+    )
 
 
 def hint_trials(count: int, seed: int = 0) -> list[HintTrial]:
     """Prompts with the depth of a scene whose objects stray from their places."""
     rng = np.random.default_rng([seed, 2])
-    drawn = [random_scene(rng, "held-out", jitter=STRAYED) for _ in range(count)]
-    return [HintTrial(caption(scene, rng).text, depth(scene, SIDE)) for scene in drawn]
+    drawn = [unseen_scene(rng, STRAYED) for _ in range(count)]
+    return [HintTrial(told.text, depth(scene, SIDE)) for scene, told in drawn]
 
 
 def inpaint_trials(count: int, seed: int = 0) -> list[InpaintTrial]:
@@ -112,13 +133,19 @@ def with_other_object(scene: Scene, rng: np.random.Generator) -> Scene:
     return replace(scene, objects=(replace(figure, colour=pick(rng, colours), shape=pick(rng, shapes)),))
 
 
+def with_other_background(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene on a background of another colour."""
+    taken = (scene.background, scene.objects[0].colour)
+    return replace(scene, background=pick(rng, tuple(name for name in COLOURS if name not in taken)))
+
+
 def path_trials(count: int, seed: int = 0) -> list[PathTrial]:
     """Pairs of prompts; everything but the background is the same."""
     rng = np.random.default_rng([seed, 4])
     trials = []
     for _ in range(count):
         scene = replace(random_scene(rng, count=1), texture="plain")
-        taken = (scene.background, scene.objects[0].colour)
-        other = replace(scene, background=pick(rng, tuple(name for name in COLOURS if name not in taken)))
+        while not held_out(other := with_other_background(scene, rng)):
+            scene = replace(random_scene(rng, count=1), texture="plain")
         trials.append(PathTrial(phrase(everything(scene)), phrase(everything(other))))
     return trials

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ...engines.errors import InputError, KandrtError
+from ...engines.errors import InputError, OutputError
+from ..console import guarded
+from ..doctor import need
 
-app = typer.Typer(add_completion=False)
+FACTS = "training.json"
+PATIENCE = timedelta(hours=6)  # of a process that waits while the first one works out a training set
 
 
-@app.command()
-def main(
+def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for states, logs and checkpoints.")],
     stage: Annotated[
         list[str] | None, typer.Option("--stage", help="Train this alone; may be repeated. [default: all]")
@@ -22,7 +28,9 @@ def main(
     effort: Annotated[
         float, typer.Option(min=0, max=10, help="Share of the steps and scenes: 0.001 tries everything out.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn and in which order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of pictures, captions, noise; the decoders' scenes and first weights are fixed.")
+    ] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch in this process.")] = None,
     bfloat16: Annotated[bool, typer.Option("--bfloat16/--float32", help="Which precision to compute in.")] = True,
 ) -> None:
@@ -34,64 +42,98 @@ def main(
 
     Example: torchrun --nproc-per-node 2 -m kandrt.scripts.train_miniature -o training --threads 1
     """
-    try:
-        train_stages(output, stage or [], effort, seed, threads, bfloat16)
-    except KandrtError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
-
-
-def train_stages(
-    output: Path, chosen: list[str], effort: float, seed: int, threads: int | None, bfloat16: bool
-) -> None:
-    """Train every chosen stage that is not finished, then write checkpoints and plots of what there is."""
+    need("train", "training the miniature")
     import torch
+
+    from .stages import STAGES, Work
+
+    unknown = [name for name in stage or () if name not in STAGES]
+    if unknown:
+        raise InputError(f"stage: expected {', '.join(STAGES)}, found {', '.join(unknown)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
+    with processes() as report:
+        check_facts(output, {"effort": effort, "seed": seed, "bfloat16": bfloat16})
+        try:
+            train_stages(stage or list(STAGES), Work(output, effort, bfloat16), seed, report)
+        except KeyboardInterrupt:
+            report("stopped; the same command goes on from here")
+            raise
+
+
+@contextmanager
+def processes() -> Iterator[Callable[[str], None]]:
+    """Meet the other processes of torchrun, if there are any; gives what prints, in the first process alone."""
+    import torch.distributed as dist
+
+    if "WORLD_SIZE" not in os.environ:
+        yield typer.echo
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield typer.echo if dist.get_rank() == 0 else lambda _: None
+    finally:
+        dist.destroy_process_group()
+
+
+def check_facts(output: Path, facts: Mapping[str, Any]) -> None:
+    """Write down how a training was begun; InputError where the folder's was begun in another way."""
+    from ...export.weight_files import atomic_write
+
+    path = output / FACTS
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        with atomic_write(path) as file:
+            file.write(json.dumps(facts).encode())
+        return
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); choose another folder") from error
+    if found != facts:
+        raise InputError(f"{output} was begun with {found}, and this is {facts}; give the same, or another folder")
+
+
+def train_stages(chosen: list[str], work: Any, seed: int, report: Callable[[str], None]) -> None:
+    """Train every chosen stage that is not finished, then write checkpoints and plots of what there is."""
     import torch.distributed as dist
 
     from .checkpoints import write_checkpoints
     from .loop import WEIGHTS, rank, train
     from .plots import plot_losses
-    from .stages import STAGES, Work
+    from .stages import STAGES
 
-    unknown = [name for name in chosen if name not in STAGES]
-    if unknown:
-        raise InputError(f"stage: expected {', '.join(STAGES)}, found {', '.join(unknown)}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
-    work = Work(output, effort)
+    def meet() -> None:
+        if dist.is_initialized():
+            dist.barrier()
 
-    def report(message: str) -> None:
-        if rank() == 0:
-            typer.echo(message)
-
-    for name in chosen or STAGES:
-        stage = STAGES[name]
-        if (output / name / WEIGHTS).exists():
+    for name in chosen:
+        stage, folder = STAGES[name], work.folder / name
+        if (folder / WEIGHTS).exists():
             report(f"{name}: trained already")
             continue
-        missing = stage.ready(work)
+        missing = stage.missing(work)
         if missing:
             raise InputError(f"stage {name} needs {', '.join(missing)}, to be trained first")
-        # what several processes would write at once, one makes beforehand
+        if rank() > 0:  # what several processes would write at once, the first one makes beforehand
+            meet()
+        task = stage.begin(work, report)
         if rank() == 0:
-            task = stage.begin(work, report)
-        if dist.is_initialized():
-            dist.barrier()
-        if rank() != 0:
-            task = stage.begin(work, report)
-        train(name, task, stage.scaled(effort), output / name, seed=seed, bfloat16=bfloat16, report=report)
-        if dist.is_initialized():
-            dist.barrier()
+            meet()
+        settings = stage.scaled(work.effort)
+        train(name, task, settings, folder, seed=seed, bfloat16=work.bfloat16, report=report)
+        meet()
     if rank() == 0:
-        for folder in write_checkpoints(output, output / "checkpoints"):
-            report(f"wrote {folder}")
-        plot_losses(output, tuple(STAGES), output / "losses.png")
+        for checkpoint in write_checkpoints(work.folder, work.folder / "checkpoints"):
+            report(f"wrote {checkpoint}")
+        plot_losses(work.folder, tuple(STAGES), work.folder / "losses.png")
 
+
+app = typer.Typer(add_completion=False)
+app.command()(guarded(command))
 
 if __name__ == "__main__":
     app()

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...export.modules.movq import MoVQ, MoVQConfig, SpatialNorm
+from ..miniature.trials import SIDE
 from .batches import LOOSE, pictures, scenes
-from .configs import SIDE, config
+from .configs import config
 
 CROP, CROPS_UNTIL, WHOLE_SHARE = 64, 0.75, 4  # small pieces first: four times as many fit a step
 NOISE = 0.05  # on the latents, so that the small errors of denoising do not show
@@ -30,11 +31,11 @@ class AutoencoderTask:
             norm.conv_y.bias = nn.Parameter(torch.ones(norm.conv_y.out_channels))
 
     def losses(self, rng: np.random.Generator, batch: int, progress: float) -> dict[str, Tensor]:
-        """L1 of pixels and of their differences, and what keeps latents within -1 and 1."""
+        """L1 and square of pixels' errors, L1 of their differences', and what keeps latents within -1 and 1."""
         if progress < CROPS_UNTIL:
             pixels = crops(pictures(scenes(rng, batch, LOOSE)), rng)
         else:
-            pixels = pictures(scenes(rng, batch // WHOLE_SHARE, LOOSE))
+            pixels = pictures(scenes(rng, max(batch // WHOLE_SHARE, 1), LOOSE))
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         latents = self.network.encode(pixels)
         decoded = self.network.decode(latents + NOISE * torch.randn_like(latents))

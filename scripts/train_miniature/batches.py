@@ -13,8 +13,9 @@ from ...runtime.clip_image import ImagePreprocess
 from ...runtime.tokenizer import Tokenizer
 from ..miniature.captions import caption, everything, phrase
 from ..miniature.drawing import depth, draw_array
+from ..miniature.trials import SIDE
 from ..miniature.world import Scene, random_scene
-from .configs import SIDE, TOKENS
+from .configs import TOKENS
 
 EVERYTHING_SHARE = 0.5
 NEAT, LOOSE = 0.012, 0.04  # how far objects stray from their places

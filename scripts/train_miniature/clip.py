@@ -63,7 +63,8 @@ class ContrastiveTask:
         ids, mask = self._words(captions(drawn, rng))
         # Attention is causal and the embedding is the first end token's: padding after it changes nothing
         text, _ = self.network.text.encode(ids[:, : int(mask.sum(1).max())])
-        scores = F.normalize(image) @ F.normalize(text).T * self.network.scale.exp().clamp(max=MAX_SCALE)
+        with torch.autocast("cpu", enabled=False):  # near 1, bfloat16 tells too few cosines apart
+            scores = F.normalize(image) @ F.normalize(text).T * self.network.scale.exp().clamp(max=MAX_SCALE)
         own = torch.arange(batch)
         contrast = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
         reading = self._reading(image, drawn)

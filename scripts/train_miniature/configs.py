@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 
 from ..miniature.captions import caption
+from ..miniature.trials import SIDE
 from ..miniature.world import random_scene
 from ..random_checkpoint import CONFIGS, PRIOR, SPECIAL_TOKENS, byte_symbols
 
-SIDE = 128  # pixels of a picture
 EMBEDDING = 160
 TOKENS = 32  # the longest caption has 29
 GRAMMAR_SAMPLES = 4000
 
 # Checkpoint -> the published one whose structure it has
+MINI_PRIOR = "kandinsky-2-2-mini-prior"
 CHECKPOINTS: Mapping[str, str] = {
-    "kandinsky-2-2-mini-prior": PRIOR,
+    MINI_PRIOR: PRIOR,
     "kandinsky-2-2-mini-decoder": "kandinsky-2-2-decoder",
     "kandinsky-2-2-mini-decoder-inpaint": "kandinsky-2-2-decoder-inpaint",
     "kandinsky-2-2-mini-controlnet-depth": "kandinsky-2-2-controlnet-depth",
@@ -109,6 +110,7 @@ def write_config_files(checkpoint: str, folder: Path, tokenizer: Path) -> dict[s
         write_json(folder / name / "config.json", config(network, tokenizer))
     if (folder / "tokenizer").is_dir():
         shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True, copy_function=shutil.copyfile)
+        shorten_prompts(folder / "tokenizer")
         path = folder / "image_processor" / "preprocessor_config.json"
         write_json(path, json.loads(path.read_bytes()) | PREPROCESSOR)
     return networks
@@ -140,5 +142,10 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_bytes("\n".join(["#version: 0.2", *map(" ".join, merges), ""]).encode())
     vocabulary = {token: index for index, token in enumerate(tokens)}
     (folder / "vocab.json").write_bytes(json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":")).encode())
-    path = folder / "tokenizer_config.json"
+    shorten_prompts(folder)
+
+
+def shorten_prompts(tokenizer: Path) -> None:
+    """Set the number of tokens in a tokenizer's configuration."""
+    path = tokenizer / "tokenizer_config.json"
     write_json(path, json.loads(path.read_bytes()) | {"model_max_length": TOKENS, "name_or_path": ""})

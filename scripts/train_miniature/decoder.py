@@ -16,9 +16,10 @@ from ...export.modules.unet import LATENT_CHANNELS, AddedKVAttention, ResnetBloc
 from ...runtime.masks import latent_mask
 from ...runtime.noise_schedule import NoiseSchedule
 from ..miniature.masks import object_mask, random_mask
+from ..miniature.trials import SIDE
 from ..miniature.world import pick
 from .batches import hints
-from .configs import SIDE, config
+from .configs import config
 from .encoded import Encoded
 
 Role = Literal["decoder", "inpaint", "controlnet"]
@@ -28,6 +29,7 @@ EMBEDDING_NOISE = 0.1  # of each value's deviation: a prior's embeddings are not
 MAX_SNR = 5.0  # arXiv:2303.09556
 SCHEDULE = NoiseSchedule("linear", 0.00085, 0.012)  # of the published decoders
 OBJECT_MASK_SHARE = 0.5
+BOUND = 1e-3  # weight of the bound, per step: less than the paper's, since no published sampler reads the variance
 
 
 class DecoderTask:
@@ -68,7 +70,7 @@ class DecoderTask:
         signal = self._process.signal[timesteps]
         weight = (MAX_SNR / (signal / (1 - signal) * self._variance)).clamp(max=1)
         bound = self._process.bound(clean, noisy, predicted.detach(), variance, timesteps)
-        return {"loss": (weight * error).mean() + 1e-3 * bound, "error": error.mean(), "bound": bound}
+        return {"loss": (weight * error).mean() + BOUND * bound, "error": error.mean(), "bound": bound}
 
     def _masks(self, rng: np.random.Generator, rows: Tensor) -> Tensor:
         """[B, 1, H, W]: 1 where the picture is kept; around objects or wherever they fall."""
@@ -85,7 +87,8 @@ class DecoderTask:
 class Process:
     """Noising, and the variational bound of learned variances.
 
-    Source: Improved DDPM (arXiv:2102.09672), equations 14 to 16; diffusers' "learned_range" reads the result.
+    Source: Improved DDPM (arXiv:2102.09672), equations 14 to 16; diffusers' "learned_range" reads the result. The last
+    step too is judged by its divergence, with the variance of the step before, where the paper has a likelihood.
     """
 
     def __init__(self, schedule: NoiseSchedule) -> None:
@@ -126,6 +129,7 @@ def quiet_start(network: UNet) -> None:
         elif isinstance(module, AddedKVAttention):
             nn.init.zeros_(module.to_out[0].weight)  # type: ignore[arg-type]
     nn.init.zeros_(network.conv_out.weight)
+    network.conv_out.bias = nn.Parameter(torch.zeros(network.config.out_channels))
 
 
 def widened(start: Mapping[str, Tensor], network: UNet) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...export.modules.clip import ImageEncoder
 from ...export.modules.movq import MoVQ
+from ..miniature.trials import SIDE
 from ..miniature.world import Scene
 from .batches import clip_input, pictures, scenes
-from .configs import SIDE
 from .loop import write_weights
 
 CHUNK = 64  # scenes drawn from one seed, encoded at a time
@@ -56,13 +56,14 @@ def encode(
     count: int,
     jitter: float,
     seed: int,
+    bfloat16: bool = True,
     report: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Encode `count` scenes into a file."""
     parts = []
     for chunk in range(math.ceil(count / CHUNK)):
         pixels = pictures(chunk_scenes(seed, chunk, jitter))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             parts.append((movq.encode(pixels.contiguous(memory_format=torch.channels_last)).contiguous(),
                           encoder.encode(clip_input(pixels))))  # fmt: skip
         if chunk % 20 == 0:

@@ -6,13 +6,16 @@ Under `torchrun` several processes share each batch and average their gradients.
 from __future__ import annotations
 
 import csv
+import io
 import math
+import signal
 import time
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...engines.errors import InputError
 from ...export.weight_files import TensorToWrite, atomic_write, write_safetensors
 
 WARMUP, FLOOR = 100, 0.02  # steps of rising learning rate; where it ends, as a share of the highest
@@ -64,18 +68,20 @@ def train(
 ) -> None:
     """Train `task` to the end, taking up what `folder` holds, and write its averaged weights there.
 
-    What a step sees depends on seed, name, step and process alone, so that an interrupted training goes on as if
-    nothing had happened. On KeyboardInterrupt the state is saved first.
+    What a step sees depends on seed, name, settings, step and process alone, so that an interrupted training goes on as
+    if nothing had happened. SIGINT ends it between two steps, the state saved, with KeyboardInterrupt.
+
+    Raises InputError where processes cannot share a batch equally.
     """
+    if settings.batch % world():
+        raise InputError(f"{name}: {world()} processes cannot share a batch of {settings.batch}; use a divisor of it")
     run = Run(task.network, settings, folder)
-    torch.manual_seed(seed)
     share = settings.batch // world()
     precision: AbstractContextManager[Any] = torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext()
     saved = time.monotonic()
-    try:
+    with interrupts() as asked:
         while run.step < settings.steps:
-            key = [seed, zlib.crc32(name.encode()), run.step, rank()]
-            rng = np.random.default_rng(key)
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode()), run.step, rank()])
             torch.manual_seed(int(rng.integers(2**63)))
             with precision, sdpa_kernel(SDPBackend.MATH):  # at these sizes twice as fast as the fused one
                 losses = task.losses(rng, share, run.step / settings.steps)
@@ -83,15 +89,39 @@ def train(
             run.update({key: float(value.detach()) for key, value in losses.items()})
             if run.step % LOG_EVERY == 0 or run.step == settings.steps:
                 report(f"{name} {run.step}/{settings.steps}  {run.log()}")
+            if anyone(asked.is_set()):
+                run.save()
+                raise KeyboardInterrupt
             if time.monotonic() - saved > SAVE_EVERY:
                 run.save()
                 saved = time.monotonic()
-    except KeyboardInterrupt:
-        run.save()
-        raise
     run.save()
     if rank() == 0:
-        run.write_weights()
+        write_weights(folder / WEIGHTS, run.mean)
+
+
+@contextmanager
+def interrupts() -> Iterator[Event]:
+    """An event that SIGINT and SIGTERM set instead of interrupting, so that no step is half taken."""
+    asked = Event()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def anyone(asked: bool) -> bool:
+    """Whether any process was asked."""
+    if world() == 1:
+        return asked
+    flag = torch.tensor(float(asked))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 class Run:
@@ -158,10 +188,6 @@ class Run:
         with atomic_write(self.folder / STATE) as file:
             torch.save(state, file)
 
-    def write_weights(self) -> None:
-        """Write the running mean, which is what is used."""
-        write_weights(self.folder / WEIGHTS, self.mean)
-
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name as safetensors, in fp32."""
@@ -181,11 +207,18 @@ def keep_log(path: Path, step: int) -> None:
     """Drop what the log says of steps after `step`, which will be taken again."""
     if rank() != 0 or not path.exists():
         return
+    header, *rows = read_log(path)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *(row for row in rows if int(row[0]) <= step)])
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def read_log(path: Path) -> list[list[str]]:
+    """The header and the complete rows of a log."""
     with path.open(newline="") as file:
-        header, *rows = csv.reader(file)
-    kept = [row for row in rows if int(row[0]) <= step]
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *kept])
+        rows = list(csv.reader(file))
+    return [row for row in rows if len(row) == len(rows[0])] or [["step", "seconds"]]
 
 
 def rate_share(step: int, steps: int) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from .loop import LOG
+from ...export.weight_files import atomic_write
+from .loop import LOG, read_log
 
 COLUMNS, PANEL = 2, (6.0, 3.2)  # panels side by side; inches
 
@@ -19,8 +19,7 @@ def plot_losses(work: Path, stages: Sequence[str], output: Path) -> None:
     rows = -(-len(logs) // COLUMNS)
     figure = Figure((PANEL[0] * COLUMNS, PANEL[1] * rows), layout="constrained")
     for panel, (stage, path) in enumerate(logs, 1):
-        with path.open(newline="") as file:
-            header, *lines = csv.reader(file)
+        header, *lines = read_log(path)
         axes = figure.add_subplot(rows, COLUMNS, panel)
         steps = [int(line[0]) for line in lines]
         for column, name in enumerate(header[2:], 2):
@@ -28,4 +27,5 @@ def plot_losses(work: Path, stages: Sequence[str], output: Path) -> None:
         axes.set(title=stage, xlabel="step", yscale="log")
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(output, dpi=110)
+    with atomic_write(output) as file:
+        figure.savefig(file, dpi=110, format="png")

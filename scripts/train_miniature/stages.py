@@ -32,13 +32,16 @@ class Work:
 
     folder: Path
     effort: float = 1.0
+    bfloat16: bool = True
 
     @property
     def tokenizer(self) -> Path:
         """The tokenizer's folder; it is made when it is first asked for."""
         folder = self.folder / "tokenizer"
-        if not (folder / "tokenizer_config.json").exists():
-            write_tokenizer(folder)
+        if not folder.exists():
+            unfinished = self.folder / ".tokenizer.partial"
+            write_tokenizer(unfinished)
+            unfinished.rename(folder)
         return folder
 
     def encoders(self) -> Encoders:
@@ -60,7 +63,16 @@ class Work:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             count = max(int(count * self.effort), LEAST_SCENES)
-            encode(self.movq(), self.encoders().image, path, count=count, jitter=jitter, seed=seed, report=report)
+            encode(
+                self.movq(),
+                self.encoders().image,
+                path,
+                count=count,
+                jitter=jitter,
+                seed=seed,
+                bfloat16=self.bfloat16,
+                report=report,
+            )
         return load(path, jitter=jitter, seed=seed)
 
 
@@ -76,7 +88,7 @@ class Stage:
         """Settings for a share of the effort."""
         return replace(self.settings, steps=max(int(self.settings.steps * effort), 2))
 
-    def ready(self, work: Work) -> list[str]:
+    def missing(self, work: Work) -> list[str]:
         """Which of `needs` are still to be trained."""
         return [name for name in self.needs if not (work.folder / name / WEIGHTS).exists()]
 
@@ -96,6 +108,8 @@ STAGES: Mapping[str, Stage] = {
     "clip": Stage((), Settings(4200, 64, 7e-4), lambda work, _: ContrastiveTask(work.tokenizer)),
     "prior": Stage(("movq", "clip"), Settings(4000, 64, 1e-3), begin_prior),
     "decoder": Stage(("movq", "clip"), Settings(4500, 64, 1e-3), partial(begin_decoder, role="decoder")),
-    "inpaint": Stage(("decoder",), Settings(1000, 64, 5e-4), partial(begin_decoder, role="inpaint")),
-    "controlnet": Stage(("decoder",), Settings(1000, 64, 5e-4), partial(begin_decoder, role="controlnet")),
+    "inpaint": Stage(("movq", "clip", "decoder"), Settings(600, 64, 5e-4), partial(begin_decoder, role="inpaint")),
+    "controlnet": Stage(
+        ("movq", "clip", "decoder"), Settings(600, 64, 5e-4), partial(begin_decoder, role="controlnet")
+    ),
 }
