@@ -33,7 +33,7 @@ TEXTS = (
     "a white heart on a striped red background",
     "a purple ring at the top and a green square at the bottom on a white background",
     "a large orange triangle on a dotted purple background",
-    "a pink diamond on the left and a blue cross on the right on a checked yellow background",
+    "a red heart on the left and a blue square on the right on a checked yellow background",
 )
 IMAGE_TO_IMAGE = (
     ("a large red circle on a blue background", "a large green circle on a blue background"),

@@ -71,7 +71,7 @@ class Line:
 
     def losses(self, rng: np.random.Generator, batch: int, progress: float) -> dict[str, Tensor]:
         if self.stop_at == len(self.seen):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)  # SIGINT may be ignored, in the background of a shell
         x = torch.from_numpy(rng.normal(size=(batch, 1)).astype(np.float32)) + torch.randn(batch, 1)
         self.seen.append(float(x.sum()))
         loss = (self.network(x) - 3 * x).square().mean()
