@@ -326,7 +326,7 @@ class UNet(Network):
         x = sample if concat_latents is None else torch.cat([sample, concat_latents], dim=1)
         x, embedding, added_kv = (tensor.to(self.conv_in.weight.dtype) for tensor in (x, embedding, added_kv))
         widths = [layer.to_q.out_features for layer in self.attentions() for _ in ("key", "value")]
-        parts = iter(added_kv.split(widths, dim=2))
+        parts = iter(torch.split(added_kv, widths, dim=2))
 
         x = self.conv_in(x)
         skips = [x]

@@ -30,15 +30,19 @@ class Painter(Protocol):
 
     def paint(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """A picture for each prompt."""
+        ...
 
     def follow(self, prompts: Sequence[str], hints: Sequence[Float32], seeds: Sequence[int]) -> list[Image.Image]:
         """A picture for each prompt along its depth hint [SIDE, SIDE] in [0, 1]."""
+        ...
 
     def repaint(self, prompt: str, image: Image.Image, mask: Float32, seed: int) -> tuple[Image.Image, Image.Image]:
         """The image repainted where the mask is 1, and the image as the autoencoder gives it back."""
+        ...
 
     def between(self, first: str, second: str, shares: Sequence[float], seed: int) -> list[Image.Image]:
         """Pictures on the way from one prompt to another, all of one seed; a share of 1 is the second."""
+        ...
 
 
 @dataclass(frozen=True)

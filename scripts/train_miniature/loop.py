@@ -41,9 +41,11 @@ class Task(Protocol):
     @property
     def network(self) -> nn.Module:
         """Everything that is trained."""
+        ...
 
     def losses(self, rng: np.random.Generator, batch: int, progress: float, /) -> dict[str, Tensor]:
         """The loss to minimise under "loss", and others to log; `progress` goes from 0 to 1."""
+        ...
 
 
 @dataclass(frozen=True)
