@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import get_args
+from typing import Protocol, cast, get_args
 
 from .bundle import Bundle
 from .errors import BackendError, BundleError, InputError, KandrtError, MissingExtraError
-from .manifest import Manifest, Precision
+from .manifest import Precision
+from .request import Request
 from .session import Session
+
+
+class Implementation(Protocol):
+    """What a file offers that opens components with an engine library; one may serve several backends."""
+
+    def kernels(self, backend: str, device: str) -> frozenset[Precision]:
+        """The precisions that the installed library has for a device of this machine."""
+        ...
+
+    def probe(self, backend: str, device: str) -> None:
+        """Raise BackendError where the installed library, or this machine, cannot use the device."""
+        ...
+
+    def open_session(self, request: Request) -> Session:
+        """Open a component; raises BackendError where the library cannot run it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,18 +38,20 @@ class Backend:
     """An engine library.
 
     module is what it imports as, packages what may have installed it, devices maps a device to the extra that serves
-    it, computes maps a precision that a bundle was exported in to those that the library can compute it in. `kernels`
-    gives the precisions that the installed library has for a device of this machine, `probe` raises BackendError where
-    it cannot use the device.
+    it, computes maps a precision that a bundle was exported in to those that the library can compute it in. `sessions`
+    names the file of this folder that uses the library: an `Implementation`.
     """
 
     module: str
     packages: tuple[str, ...]
     devices: Mapping[str, str]
     computes: Mapping[Precision, tuple[Precision, ...]]
-    kernels: Callable[[str], frozenset[Precision]]
-    open: Callable[[Bundle, str, str, Precision, int | None], Session]
-    probe: Callable[[str], None]
+    sessions: str
+
+    @property
+    def implementation(self) -> Implementation:
+        """The file that uses the library, imported."""
+        return cast("Implementation", import_module(f".{self.sessions}", __package__))
 
     def installed(self) -> str | None:
         """Name and version of the package that is installed, or None."""
@@ -43,67 +63,13 @@ class Backend:
         return self.module
 
 
-def open_ort(bundle: Bundle, component: str, device: str, _: Precision, threads: int | None) -> Session:
-    """Open a component under ONNX Runtime, which computes what the graph says."""
-    from .ort import OrtSession
-
-    record = bundle.manifest.components[component]
-    return OrtSession(component, bundle.path(record.graph), record, device, threads)
-
-
-def ort_kernels(device: str) -> frozenset[Precision]:
-    """What ONNX Runtime computes in; fp16 is in fp32 on the CPU."""
-    return frozenset({"fp32", "fp16"} if device == "cpu" else {"fp32", "fp16", "bf16"})
-
-
-def probe_ort(device: str) -> None:
-    """Raise BackendError where ONNX Runtime cannot use a device."""
-    from .ort import probe
-
-    probe(device)
-
-
-def open_openvino(bundle: Bundle, component: str, _: str, precision: Precision, threads: int | None) -> Session:
-    """Open a component under OpenVINO."""
-    from .openvino import OpenVinoSession
-
-    record = bundle.manifest.components[component]
-    precision = "fp32" if component in contexts(bundle.manifest) else precision
-    return OpenVinoSession(component, bundle.path(record.graph), record, precision, threads)
-
-
-def openvino_kernels(device: str) -> frozenset[Precision]:
-    """What OpenVINO computes in on this machine; BackendError where it cannot use the device."""
-    from .openvino import kernels
-
-    return kernels(device)
-
-
-def probe_openvino(device: str) -> None:
-    """Raise BackendError where OpenVINO cannot use a device."""
-    from .openvino import probe
-
-    probe(device)
-
-
-def contexts(manifest: Manifest) -> frozenset[str]:
-    """The components that run once a request and embed timesteps, which takes fp32: see docs/bundle.md.
-
-    Whatever precision is asked for, their fp32 layers stay in fp32.
-    """
-    names = {record.context for record in manifest.decoders.values()}
-    return frozenset(names if manifest.prior is None else names | {manifest.prior.context})
-
-
 BACKENDS: Mapping[str, Backend] = {
     "onnxruntime": Backend(
         "onnxruntime",
         ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"),
         {"cpu": "cpu", "cuda": "cuda"},
         {"fp32": ("fp32",), "fp16": ("fp16",), "bf16": ("bf16",)},
-        ort_kernels,
-        open_ort,
-        probe_ort,
+        "ort",
     ),
     # It keeps layers that a graph has in 16 bits in those 16 bits, or may.
     "openvino": Backend(
@@ -111,9 +77,51 @@ BACKENDS: Mapping[str, Backend] = {
         ("openvino",),
         {"cpu": "openvino"},
         {"fp32": ("fp32", "bf16"), "fp16": ("fp16",), "bf16": ("bf16",)},
-        openvino_kernels,
-        open_openvino,
-        probe_openvino,
+        "openvino",
+    ),
+    # Providers of ONNX Runtime
+    "onnxruntime-openvino": Backend(
+        "onnxruntime_ep_openvino",
+        ("onnxruntime-ep-openvino",),
+        {"cpu": "onnxruntime-openvino"},
+        {"fp32": ("fp32", "bf16"), "fp16": ("fp16",), "bf16": ("bf16",)},
+        "ort",
+    ),
+    "onnxruntime-tensorrt": Backend(
+        "tensorrt",
+        ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+        {"cuda": "cuda,tensorrt"},
+        {"fp32": ("fp32",), "fp16": ("fp16",), "bf16": ("bf16",)},
+        "ort",
+    ),
+    "onnxruntime-tensorrt-rtx": Backend(
+        "onnxruntime_ep_nv_tensorrt_rtx",
+        ("onnxruntime-ep-nv-tensorrt-rtx-cu13",),
+        {"cuda": "onnxruntime-tensorrt-rtx"},
+        {"fp32": ("fp32",), "fp16": ("fp16",), "bf16": ("bf16",)},
+        "ort",
+    ),
+    "onnxruntime-webgpu": Backend(
+        "onnxruntime_ep_webgpu",
+        ("onnxruntime-ep-webgpu",),
+        {"gpu": "onnxruntime-webgpu"},
+        {"fp32": ("fp32",), "fp16": ("fp16",), "bf16": ("bf16",)},
+        "ort",
+    ),
+    # Both compute what a graph says: its plans are built of the graph.
+    "tensorrt": Backend(
+        "tensorrt",
+        ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+        {"cuda": "tensorrt"},
+        {"fp32": ("fp32",), "fp16": ("fp16",), "bf16": ("bf16",)},
+        "trt_session",
+    ),
+    "tensorrt-rtx": Backend(
+        "tensorrt_rtx",
+        ("tensorrt-rtx-cu13", "tensorrt-rtx", "tensorrt-rtx-cu12"),
+        {"cuda": "tensorrt-rtx"},
+        {"fp32": ("fp32",), "fp16": ("fp16",), "bf16": ("bf16",)},
+        "trt_session",
     ),
 }
 
@@ -135,7 +143,7 @@ def check_backend(backend: str, device: str, exported: Precision, precision: Pre
     if chosen.installed() is None:
         raise MissingExtraError(f"backend {backend!r}", chosen.packages[0], chosen.devices[device])
     if device == "cuda" and find_spec("cupy") is None:
-        raise MissingExtraError("device 'cuda'", "cupy", "cuda")
+        raise MissingExtraError("device 'cuda'", "cupy", chosen.devices[device])
     check_precision(backend, device, exported, precision or exported)
 
 
@@ -154,11 +162,8 @@ def check_precision(backend: str, device: str, exported: Precision, precision: P
             else f"{problem}; export the bundle with --precision {' or '.join(kernels)}"
         )
     advice = [f"export it with --precision {precision}"] if precision in kernels else []
-    advice += [
-        f"use backend {name!r}"
-        for name, other in BACKENDS.items()
-        if device in other.devices and precision in other.computes[exported]
-    ]
+    others = (name for name, other in BACKENDS.items() if device in other.devices)
+    advice += [f"use backend {name!r}" for name in others if precision in BACKENDS[name].computes[exported]][:1]
     raise BackendError(
         f"backend {backend!r} computes bundles exported in {exported} only in {' or '.join(possible)}, "
         f"found precision {precision!r}; {', or '.join(advice) or 'no backend can on this device'}"
@@ -167,15 +172,15 @@ def check_precision(backend: str, device: str, exported: Precision, precision: P
 
 def precisions(backend: str, device: str) -> list[Precision]:
     """What an installed backend has kernels for on a device, in the order of `Precision`."""
-    kernels = BACKENDS[backend].kernels(device)
+    kernels = BACKENDS[backend].implementation.kernels(backend, device)
     return [precision for precision in get_args(Precision) if precision in kernels]
 
 
-def unusable(backend: str, device: str) -> str | None:
-    """Why a device cannot be used by a backend on this machine, or None."""
+def unusable(backend: str, device: str, exported: Precision = "fp32", precision: Precision | None = None) -> str | None:
+    """Why a device cannot be used by a backend on this machine, for a bundle of that precision, or None."""
     try:
-        check_backend(backend, device, "fp32")
-        BACKENDS[backend].probe(device)
+        check_backend(backend, device, exported, precision)
+        BACKENDS[backend].implementation.probe(backend, device)
     except KandrtError as error:
         return str(error)
     except Exception as error:  # a library that is installed and broken may raise anything
@@ -191,10 +196,12 @@ def open_component(
     device: str,
     precision: Precision | None = None,
     threads: int | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> Session:
     """Open one component of a bundle, its graph's hash checked first, to compute in `precision` (None: as exported).
 
-    Raises BundleError for a damaged graph or a component the bundle does not have, and what `check_backend` raises.
+    `options` are passed on to the engine library by its own names. Raises BundleError for a damaged graph or a
+    component the bundle does not have, and what `check_backend` raises.
     """
     exported = bundle.manifest.precision
     check_backend(backend, device, exported, precision)
@@ -202,4 +209,5 @@ def open_component(
         there = ", ".join(bundle.manifest.components)
         raise BundleError(f"{bundle.folder} has no component {component!r}; it has {there}")
     bundle.check_hashes([bundle.manifest.components[component].graph])
-    return BACKENDS[backend].open(bundle, component, device, precision or exported, threads)
+    request = Request(bundle, component, backend, device, precision or exported, threads, options or {})
+    return BACKENDS[backend].implementation.open_session(request)

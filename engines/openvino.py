@@ -9,8 +9,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from .errors import BackendError
+from .caches import cache_folder
+from .errors import BackendError, InputError
 from .manifest import Component, Precision
+from .request import Request
 from .session import Array, ComponentSession
 from .spec import DType, TensorSpec, disagreement
 
@@ -26,6 +28,7 @@ DTYPES: Mapping[str, DType] = {
 # What a bundle's fp32 layers compute in. Those of an fp16 bundle are in fp16 already, which OpenVINO computes in fp32
 # under this hint; its own hint of f16 silently becomes bf16 on a CPU without fp16.
 HINTS: Mapping[Precision, str] = {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}
+OWN = {"INFERENCE_PRECISION_HINT": "precision", "INFERENCE_NUM_THREADS": "threads"}  # what arguments set
 TELEMETRY = "openvino_telemetry"
 
 
@@ -55,14 +58,39 @@ def import_quietly() -> Any:
     return openvino
 
 
-def kernels(device: str) -> frozenset[Precision]:
+def open_session(request: Request) -> OpenVinoSession:
+    """Open a component; `request.options` are OpenVINO's properties, and "cache" = "on".
+
+    With a cache, what is compiled is kept in the bundle (`engines/caches`), and is read from there the next time: a
+    few seconds less to open a large network, for twice its weights on disk.
+
+    Raises InputError for a property that another argument sets, or another value of "cache".
+    """
+    options = dict(request.options)
+    for name, argument in OWN.items():
+        if name in options:
+            raise InputError(f"{request.name}: option {name}: give {argument} instead")
+    cache = options.pop("cache", "off")
+    if cache not in ("on", "off"):
+        raise InputError(f"{request.name}: option cache: expected 'on' or 'off', found {cache!r}")
+    if cache == "on":
+        options["CACHE_DIR"] = str(cache_folder(request, core_version()))
+    return OpenVinoSession(request.name, request.graph, request.component, request.computes, request.threads, options)
+
+
+def core_version() -> str:
+    """The version of the installed openvino, without its build."""
+    return str(import_quietly().__version__).partition("-")[0]
+
+
+def kernels(backend: str, device: str) -> frozenset[Precision]:
     """What a device computes in without emulating it; BackendError where it cannot be used."""
-    probe(device)
+    probe(backend, device)
     capabilities = core().get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
     return frozenset({"fp32", "fp16", *(("bf16",) if "BF16" in capabilities else ())})
 
 
-def probe(device: str) -> None:
+def probe(backend: str, device: str) -> None:  # noqa: ARG001  # as every implementation has it
     """Raise BackendError where the installed openvino cannot run on `device`."""
     available = core().available_devices
     if device.upper() not in available:
@@ -81,9 +109,15 @@ class OpenVinoSession(ComponentSession):
     library = "openvino"
 
     def __init__(
-        self, name: str, graph: Path, component: Component, precision: Precision, threads: int | None = None
+        self,
+        name: str,
+        graph: Path,
+        component: Component,
+        precision: Precision,
+        threads: int | None = None,
+        options: Mapping[str, str] | None = None,
     ) -> None:
-        """Open `graph`, with `threads` of the CPU or as many as it has cores.
+        """Open `graph`, with `threads` of the CPU or as many as it has cores, and further properties of OpenVINO's.
 
         `precision` is what the layers compute in that the graph has in fp32; where there are none it changes nothing.
 
@@ -91,13 +125,14 @@ class OpenVinoSession(ComponentSession):
         describes.
         """
         super().__init__(name, component)
-        probe("cpu")
+        probe("openvino", "cpu")
         self._graph, self._hint, self._lock = graph, HINTS[precision], Lock()
         self._settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self._hint,  # left out, it is bf16 on every CPU that has it
             "PERFORMANCE_HINT": "LATENCY",
             # Pinned, two processes of few threads would share the first cores and leave the others idle.
             "ENABLE_CPU_PINNING": False,
+            **(options or {}),
         }
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads

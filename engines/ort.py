@@ -1,14 +1,27 @@
-"""Graphs run by ONNX Runtime."""
+"""Graphs run by ONNX Runtime, by any of the providers in providers.py."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .errors import BackendError
 from .manifest import Component
+from .placement import OPTION, RECORD, Placement, check_placement, placement
+from .providers import (
+    CACHE_OPTION,
+    PROVIDERS,
+    Settings,
+    devices,
+    import_quietly,
+    kernels,
+    probe,
+    provider_settings,
+)
+from .request import Request
 from .session import Array, ComponentSession
 from .spec import DType, TensorSpec
 
@@ -21,62 +34,96 @@ DTYPES: Mapping[str, DType] = {
     "tensor(bfloat16)": "bfloat16",
     "tensor(float)": "float32",
 }
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CPU = "CPUExecutionProvider"
+OWN_OPTIONS = (CACHE_OPTION, OPTION)  # of a request, not passed on
+
+__all__ = ["OrtSession", "kernels", "open_session", "probe"]
 
 
-def probe(device: str) -> None:
-    """Raise BackendError where the installed onnxruntime, or this machine, cannot run on `device`."""
-    import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
+def open_session(request: Request) -> OrtSession:
+    """Open a component by the provider that serves the request's backend on its device.
 
-    available = ort.get_available_providers()
-    if PROVIDERS[device] not in available:
-        raise BackendError(
-            f"device {device!r}: this build of onnxruntime has no {PROVIDERS[device]} "
-            f"(it has {', '.join(available)}); run: pip install 'kandrt[{device}]'"
-        )
-    if device == "cuda":
-        import cupy  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    `request.options` go to the provider by its own names, two apart. "placement": "fail" raises BackendError where the
+    provider has no kernel for a node that computes, "warn" logs it (see placement.py). "cache": "on" or "off" says
+    whether what the provider compiles is kept in the bundle (see `cache_settings`).
 
-        if cupy.cuda.runtime.getDeviceCount() < 1:
-            raise BackendError("device 'cuda': no GPU found")
+    Raises InputError or BackendError for options that are refused.
+    """
+    own = {name: text for name, text in request.options.items() if name in OWN_OPTIONS}
+    passed = replace(request, options={name: text for name, text in request.options.items() if name not in own})
+    mode = placement(request.name, own.get(OPTION, "fail"))
+    return OrtSession(
+        request.name,
+        request.graph,
+        request.component,
+        request.device,
+        request.threads,
+        backend=request.backend,
+        settings=provider_settings(passed, own.get(CACHE_OPTION)),
+        mode=mode,
+    )
 
 
 class OrtSession(ComponentSession):
-    """A component of a bundle under ONNX Runtime, on the CPU or a CUDA device.
+    """A component of a bundle under one of ONNX Runtime's providers.
 
-    Arrays are NumPy arrays on the CPU; on CUDA they may be anything that speaks DLPack, and outputs are CuPy arrays.
+    Arrays are NumPy arrays, and outputs of the CPU are memory that ONNX Runtime allocated for them; on CUDA devices
+    inputs may be anything that speaks DLPack, and outputs are CuPy arrays. Nothing is copied but what lies elsewhere.
     """
 
     library = "onnxruntime"
 
-    def __init__(self, name: str, graph: Path, component: Component, device: str, threads: int | None = None) -> None:
-        """Open `graph`, with `threads` of the CPU or as many as it has cores.
+    def __init__(
+        self,
+        name: str,
+        graph: Path,
+        component: Component,
+        device: str,
+        threads: int | None = None,
+        *,
+        backend: str = "onnxruntime",
+        settings: Settings | None = None,
+        mode: Placement = "fail",
+    ) -> None:
+        """Open `graph`, with `threads` of the CPU or as many as it has cores, `settings` being the provider's options.
 
-        Raises BackendError where ONNX Runtime cannot run it on `device`, BundleError where it is not what `component`
-        describes.
+        Raises BackendError where ONNX Runtime cannot run it on `device`, or its provider has no kernel for some of it
+        and `mode` is "fail"; BundleError where it is not what `component` describes.
         """
-        import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
-
         super().__init__(name, component)
-        provider = PROVIDERS[device]
-        probe(device)
+        probe(backend, device)
+        provider = PROVIDERS[backend, device]
+        self._memory, self._index = provider.memory, int((settings or {}).get("device_id", "0"))
+        self._session = self._open(graph, backend, device, threads, settings or {})
+        if self._session.get_providers()[0] != provider.name:
+            found = self._session.get_providers()[0]
+            raise BackendError(f"{name}: asked onnxruntime for {provider.name}, it runs {found}")
+        self.check_specs(specs(self._session.get_inputs()), specs(self._session.get_outputs()))
+        if provider.name != CPU:
+            check_placement(name, self._session, graph, provider.name, mode)
+
+    def _open(self, graph: Path, backend: str, device: str, threads: int | None, settings: Settings) -> Any:
+        ort, provider = import_quietly(), PROVIDERS[backend, device]
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors: its warnings are about its own optimizer
         if threads is not None:
             options.intra_op_num_threads = threads
+        if provider.name != CPU:
+            options.add_session_config_entry(RECORD, "1")
+        chosen: list[Any] | None = None if provider.plugin else [(provider.name, dict(settings))]
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=[provider])
+            if provider.plugin:
+                options.add_provider_for_devices(devices(backend, device)[:1], dict(settings))
+            # Unasked, it would go on with other providers where one fails, now or in a later call.
+            return ort.InferenceSession(str(graph), options, providers=chosen, enable_fallback=0)
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            raise BackendError(f"{name}: onnxruntime cannot open {graph}: {error}") from error
-        if self._session.get_providers()[0] != provider:
-            raise BackendError(f"{name}: asked onnxruntime for {provider}, it runs {self._session.get_providers()[0]}")
-        self._device = device
-        self.check_specs(specs(self._session.get_inputs()), specs(self._session.get_outputs()))
+            asked = f" by {provider.name} with {shown(settings)}" if settings else ""
+            raise BackendError(f"{self.name}: onnxruntime cannot open {graph}{asked}: {error}") from error
 
     def _run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        return self._run_cpu(arrays) if self._device == "cpu" else self._run_cuda(arrays)
+        return self._run_host(arrays) if self._memory == "host" else self._run_cuda(arrays)
 
-    def _run_cpu(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    def _run_host(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         names = [spec.name for spec in self.outputs]
         return dict(zip(names, self._session.run(names, dict(arrays)), strict=True))
 
@@ -89,7 +136,7 @@ class OrtSession(ComponentSession):
         for name, array in held.items():
             binding.bind_input(name, "cuda", array.device.id, array.dtype.type, array.shape, array.data.ptr)
         for spec in self.outputs:
-            binding.bind_output(spec.name, "cuda")
+            binding.bind_output(spec.name, "cuda", self._index)
         cupy.cuda.get_current_stream().synchronize()  # ONNX Runtime reads on a stream of its own
         self._session.run_with_iobinding(binding)
 
@@ -107,3 +154,8 @@ class OrtSession(ComponentSession):
 def specs(values: Sequence[Any]) -> list[TensorSpec]:
     """Inputs or outputs as ONNX Runtime describes them."""
     return [TensorSpec(v.name, DTYPES.get(v.type, v.type), tuple(v.shape)) for v in values]
+
+
+def shown(settings: Settings) -> str:
+    """Options for a message."""
+    return ", ".join(f"{name}={text}" for name, text in settings.items())

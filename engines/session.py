@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
-from .errors import BackendError, BundleError
+from .errors import BackendError, BundleError, KandrtError
 from .manifest import Component
 from .spec import TensorSpec, check_arrays
 
@@ -80,6 +80,8 @@ class ComponentSession(ABC):
         axes = check_arrays(self.name, self.inputs, arrays)
         try:
             return self._run(arrays)
+        except KandrtError:
+            raise
         except Exception as error:  # engine libraries' exceptions share no base class
             sizes = ", ".join(f"{axis} {length}" for axis, length in axes.items())
             raise BackendError(f"{self.name}: {self.library} failed at {sizes}: {error}") from error

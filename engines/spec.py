@@ -43,9 +43,9 @@ def disagreement(spec: TensorSpec, array: Any, axes: dict[str, int]) -> list[str
     """What of an array is not as specified, if anything; new dynamic axes are added to `axes` with their lengths."""
     if not (hasattr(array, "shape") and hasattr(array, "dtype")):
         return [f"expected {spec}, found {type(array).__name__}"]
-    found = f"{array.dtype}{list(array.shape)}"
-    if str(array.dtype).rpartition(".")[2] != spec.dtype or len(array.shape) != len(spec.shape):
-        return [f"expected {spec}, found {found}"]
+    dtype = str(array.dtype)
+    if dtype.rpartition(".")[2] != spec.dtype or len(array.shape) != len(spec.shape):
+        return [f"expected {spec}, found {dtype}{list(array.shape)}"]
     wrong: dict[int | str, int] = {}
     for axis, length in zip(spec.shape, array.shape, strict=True):
         expected = axes.setdefault(axis, length) if isinstance(axis, str) else axis
@@ -54,4 +54,4 @@ def disagreement(spec: TensorSpec, array: Any, axes: dict[str, int]) -> list[str
     if not wrong:
         return []
     others = ", ".join(f"{axis} = {expected}" for axis, expected in wrong.items() if isinstance(axis, str))
-    return [f"expected {spec}{' with ' + others if others else ''}, found {found}"]
+    return [f"expected {spec}{' with ' + others if others else ''}, found {dtype}{list(array.shape)}"]

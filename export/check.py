@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..engines.errors import NumericalError
 from ..engines.manifest import Component, GraphError, Precision
 from ..engines.session import Session
 from ..engines.spec import TensorSpec
+from .probes import widen
 
 # Relative L2 error that a graph may have. fp32: two libraries that sum in another order differ by about 1e-6 after
 # some hundred layers. fp16 and bf16 keep 11 and 8 bits: 5e-4 and 4e-3 a rounding, of which errors of 1e-3 and 1e-2
@@ -114,25 +114,3 @@ def check_graph(
             f"(largest absolute difference {error.max_abs:.2e}); {ADVICE[precision]}"
         )
     return error
-
-
-def widen(source: Path, target: Path) -> None:
-    """Write a copy of a graph with every bfloat16 tensor and cast in fp32, weights included."""
-    model = ir.load(source)
-    bf16, fp32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
-    for value in model.graph.initializers.values():
-        if value.const_value is not None and value.dtype == bf16:
-            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
-            value.dtype = fp32
-    for node in model.graph:
-        for value in node.outputs:
-            if value.dtype == bf16:
-                value.dtype = fp32
-        for attribute in list(node.attributes.values()):
-            if attribute.name == "to" and attribute.as_int() == bf16.value:
-                node.attributes["to"] = ir.AttrInt64("to", fp32.value)
-            elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == bf16:
-                node.attributes[attribute.name] = ir.AttrTensor(
-                    attribute.name, ir.tensor(attribute.as_tensor().numpy().astype(np.float32))
-                )
-    ir.save(model, target, external_data="graph.data")

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..engines.errors import CheckpointError, InputError
+from ..engines.files import atomic_write
 from ..engines.hashing import sha256_file
 from ..engines.manifest import (
     MANIFEST,
@@ -35,7 +36,7 @@ from .checkpoint import Checkpoint, open_checkpoint, roles
 from .network import STORAGES, Exported, Job, Report, SourceNetwork, Writer, export_network, weights_path
 from .output import check_output, new_folder
 from .tokenizer import export_tokenizer
-from .weight_files import TensorToWrite, WeightsFile, atomic_write, write_safetensors
+from .weight_files import TensorToWrite, WeightsFile, write_safetensors
 
 # Packages whose versions a manifest records, as far as they are installed.
 TOOLS = ("kandrt", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu")

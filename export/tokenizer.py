@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.errors import CheckpointError
-from .weight_files import atomic_write
+from ..engines.files import atomic_write
 
 MAX_LENGTH = 1_000_000  # transformers says 1e30 where tokenizer_config.json has no model_max_length
 

@@ -201,9 +201,6 @@ def clean(model: ir.Model) -> None:
         passes.IdentityEliminationPass()(model)
         passes.ClearMetadataAndDocStringPass()(model)
         passes.RemoveUnusedOpsetsPass()(model)
-    for node in model.graph:
-        if node.op_type == "Attention":
-            node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT.value)
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is not None and not isinstance(tensor, ir.ExternalTensor | Widened) and tensor.nbytes > MAX_INLINE:

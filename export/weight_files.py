@@ -6,21 +6,19 @@ Format: https://github.com/huggingface/safetensors#format. An ONNX initializer c
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
-from ..engines.errors import CheckpointError, OutputError
+from ..engines.errors import CheckpointError
+from ..engines.files import atomic_write
 
 # Names as in engines.spec.DTYPES -> (name in a safetensors header, torch's type)
 DTYPES: Mapping[str, tuple[str, torch.dtype]] = {
@@ -93,26 +91,6 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite]) -> WeightsFi
                 hashed = pool.submit(digest.update, chunk)
         hashed.result()
     return WeightsFile(path, size, digest.hexdigest(), locations)
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` that takes its place at the end, or goes away if the body raises.
-
-    An OSError becomes an OutputError; `size`, the bytes to come, is only for its message.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            needed = "" if size is None else f" ({size:,} bytes)"
-            raise OutputError(f"cannot write {path}{needed}: {error.strerror or error}") from error
-        raise
 
 
 def _in_file_order(tensors: Iterable[TensorToWrite]) -> list[TensorToWrite]:

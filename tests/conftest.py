@@ -61,6 +61,16 @@ def bundle(shared: Path, checkpoints: dict[str, Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fp16_bundle(shared: Path, checkpoints: dict[str, Path]) -> Path:
+    """A bundle of the prior and the decoder in fp16, exported without checks; not to be changed."""
+    from kandrt.export.exporter import export_bundle
+
+    sources = [checkpoints[role] for role in ("prior", "decoder")]
+    folder = shared / "fp16-bundle"
+    return once(folder, lambda path: export_bundle(sources, path, precision="fp16", check=False))
+
+
+@pytest.fixture(scope="session")
 def spare_bundle(shared: Path, bundle: Path) -> Path:
     """A copy of the bundle to hard-link from: onnx refuses weights with several links, so the bundle's own have one."""
     return once(shared / "spare-bundle", lambda path: shutil.copytree(bundle, path))

@@ -20,9 +20,10 @@ from kandrt.engines.manifest import GraphError
 from kandrt.engines.session import Session
 from kandrt.engines.spec import TensorSpec
 from kandrt.export import check
-from kandrt.export.check import TOLERANCES, check_graph, compare, difference, random_inputs, widen
+from kandrt.export.check import TOLERANCES, check_graph, compare, difference, random_inputs
 from kandrt.export.checkpoint import open_checkpoint
 from kandrt.export.network import Job, SourceNetwork
+from kandrt.export.probes import widen
 
 Float = NDArray[Any]
 

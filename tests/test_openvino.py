@@ -23,11 +23,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kandrt.engines import openvino
-from kandrt.engines.backends import BACKENDS, check_backend, contexts, open_component, precisions, unusable
+from kandrt.engines.backends import BACKENDS, check_backend, open_component, precisions, unusable
 from kandrt.engines.bundle import Bundle, open_bundle
 from kandrt.engines.errors import BackendError, BundleError, InputError
 from kandrt.engines.manifest import Component, FileRecord, Precision
 from kandrt.engines.openvino import OpenVinoSession, core
+from kandrt.engines.request import contexts
 from kandrt.engines.session import Session
 from kandrt.engines.spec import DType, TensorSpec
 from kandrt.runtime import load
@@ -43,7 +44,7 @@ SAME = 1e-5
 # bfloat16 keeps 8 bits, 4e-3 a rounding; through a network at most 2e-2 was seen, and 3e-3 at least.
 BF16 = (1e-3, 5e-2)
 
-needs_bf16 = pytest.mark.skipif("bf16" not in openvino.kernels("cpu"), reason="this CPU has no bfloat16")
+needs_bf16 = pytest.mark.skipif("bf16" not in openvino.kernels("openvino", "cpu"), reason="this CPU has no bfloat16")
 
 SIZES = (
     {"batch": 1, "height": 8, "width": 8, "image_height": 64, "image_width": 64, "timesteps": 1},
@@ -444,7 +445,7 @@ def test_a_library_that_cannot_be_used_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(openvino, "core", core.__wrapped__)
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendError, match=r"openvino cannot be used: .*; run: pip install 'kandrt\[openvino\]'"):
-        openvino.kernels("cpu")
+        openvino.kernels("openvino", "cpu")
 
 
 def test_nothing_is_reported_to_anyone(tmp_path: Path) -> None:

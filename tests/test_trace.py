@@ -71,7 +71,7 @@ def test_attention_and_norms_are_single_operators(component: str, opened: Bundle
     assert not kinds & {"Softmax", "Erf", "ReduceMean", "InstanceNormalization"}
     for node in nodes:
         if node.op_type == "Attention":
-            assert node.attributes["softmax_precision"].as_int() == onnx.TensorProto.FLOAT
+            assert "softmax_precision" not in node.attributes  # TensorRT's parser refuses a graph that has it
     attends = {"text_encoder", "image_encoder", "prior_context", "prior_step", "movq_encoder", "movq_decoder"}
     assert ("Attention" in kinds) == (component in attends or component.endswith("_step"))
 

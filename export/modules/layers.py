@@ -43,6 +43,17 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(input.dtype)
 
 
+def upsampled(x: Tensor, scale: int) -> Tensor:
+    """Nearest-neighbour upsampling of height and width.
+
+    In bf16 by way of fp32, which gives the same: ONNX Runtime has no CUDA kernel for Resize in bf16.
+    """
+    if scale == 1:
+        return x
+    wide = x.float() if x.dtype == torch.bfloat16 else x
+    return F.interpolate(wide, scale_factor=float(scale), mode="nearest").to(x.dtype)
+
+
 def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
     """[cos, sin] features of `timesteps` [N] as fp32 [N, dim], frequencies from 1 down to 1/10000.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...engines.errors import CheckpointError
 from .config import check_config, check_divisible, check_lengths, check_sizes
-from .layers import GroupNorm, Network, attention
+from .layers import GroupNorm, Network, attention, upsampled
 from .unet import block_types
 
 EPS = 1e-6
@@ -114,11 +114,6 @@ class SpatialNorm(nn.Module):
     def forward(self, x: Tensor, latents: Tensor, scale: int) -> Tensor:
         gain, bias = upsampled(self.conv_y(latents), scale), upsampled(self.conv_b(latents), scale)
         return cast("Tensor", self.norm_layer(x) * gain + bias)
-
-
-def upsampled(x: Tensor, scale: int) -> Tensor:
-    """Nearest-neighbour upsampling of height and width."""
-    return x if scale == 1 else F.interpolate(x, scale_factor=float(scale), mode="nearest")
 
 
 class PlainNorm(GroupNorm):

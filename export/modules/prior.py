@@ -176,7 +176,9 @@ class Prior(Network):
             dim=1,
         )
         x = prefix + self.positional_embedding[:, : self.config.prefix_tokens]
-        padding = F.pad((1 - text_mask.float()) * MASKED, (0, 1 + STEP_TOKENS))[:, None, None]  # [B, 1, 1, 81]
+        # Not F.pad: ONNX Runtime has no CUDA kernel for Pad of this opset.
+        rest = torch.zeros(1, 1 + STEP_TOKENS, device=text_mask.device).expand(text_mask.shape[0], -1)
+        padding = torch.cat([(1 - text_mask.float()) * MASKED, rest], dim=1)[:, None, None]  # [B, 1, 1, 81]
         length = self.config.text_tokens + 4
         bias = padding + torch.full((length, length), MASKED, device=padding.device).triu(1)
         cut = self.config.prefix_tokens

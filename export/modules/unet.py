@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...engines.errors import CheckpointError
 from .config import check_config, check_divisible, check_lengths, check_sizes
-from .layers import GroupNorm, LayerNorm, Network, TimestepEmbedding, attention
+from .layers import GroupNorm, LayerNorm, Network, TimestepEmbedding, attention, upsampled
 
 LATENT_CHANNELS = 4
 IMAGE_TOKENS = 32
@@ -165,7 +165,7 @@ class ResnetBlock(nn.Module):
 
     def resampled(self, x: Tensor) -> Tensor:
         if self.resample == 2:
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return upsampled(x, 2)
         return F.avg_pool2d(x, 2) if self.resample == 0.5 else x
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:

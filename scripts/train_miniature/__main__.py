@@ -82,7 +82,7 @@ def processes() -> Iterator[Callable[[str], None]]:
 
 def check_facts(output: Path, facts: Mapping[str, Any]) -> None:
     """Write down how a training was begun; InputError where the folder's was begun in another way."""
-    from ...export.weight_files import atomic_write
+    from ...engines.files import atomic_write
 
     path = output / FACTS
     try:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...engines.errors import InputError
-from ...export.weight_files import TensorToWrite, atomic_write, write_safetensors
+from ...engines.files import atomic_write
+from ...export.weight_files import TensorToWrite, write_safetensors
 
 WARMUP, FLOOR = 100, 0.02  # steps of rising learning rate; where it ends, as a share of the highest
 AVERAGE = 0.999  # of the weights' running mean, reached gradually

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...export.weight_files import atomic_write
+from ...engines.files import atomic_write
 from .loop import LOG, read_log
 
 COLUMNS, PANEL = 2, (6.0, 3.2)  # panels side by side; inches
