@@ -6,12 +6,13 @@ import contextlib
 import io
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from . import doctor, export, generate, inspect, verify
+from . import build, doctor, engines, export, generate, inspect, verify
 from .console import FAILED, INTERRUPTED, discard_stdout, guarded
 
 
@@ -38,14 +39,27 @@ app = typer.Typer(
     epilog="Example:\n\nkandrt export kandinsky-2-2-prior kandinsky-2-2-decoder -o my-bundle\n\n"
     'kandrt generate my-bundle "a robot, 4k photo" -o robot.png',
 )
-for module in (export, generate, inspect, verify, doctor):
-    app.command(
-        module.__name__.rpartition(".")[2],
+
+
+def add(to: typer.Typer, name: str, command: Callable[..., None], usage: str, example: str) -> None:
+    """Add a command, described by its docstring."""
+    to.command(
+        name,
         cls=Command,
-        options_metavar=f"{module.USAGE} [OPTIONS]".lstrip(),
-        help=paragraphs(module.command.__doc__),
-        epilog=paragraphs(f"Example:\n\n{module.EXAMPLE}"),
-    )(guarded(module.command))
+        options_metavar=f"{usage} [OPTIONS]".lstrip(),
+        help=paragraphs(command.__doc__),
+        epilog=paragraphs(f"Example:\n\n{example}"),
+    )(guarded(command))
+
+
+for module in (export, build, generate, inspect, verify, doctor):
+    add(app, module.__name__.rpartition(".")[2], module.command, module.USAGE, module.EXAMPLE)
+engines_app = typer.Typer(
+    help="List the engines of a bundle, and remove those of no use.", no_args_is_help=True, rich_markup_mode="rich"
+)
+for name, (function, usage, example) in engines.COMMANDS.items():
+    add(engines_app, name, function, usage, example)
+app.add_typer(engines_app, name="engines")
 
 
 def show_version(wanted: bool) -> None:

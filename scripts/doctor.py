@@ -17,9 +17,21 @@ USAGE = ""
 EXAMPLE = "kandrt doctor"
 
 # Packages that are not imported by their own name.
-MODULES = {"pillow": "PIL", "onnxruntime-gpu": "onnxruntime", "cupy-cuda13x": "cupy"}
-EXTRAS = ("", "cpu", "cuda", "openvino", "export")  # those a user installs
-REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<least>[\w.]+)(\s*;\s*extra\s*==\s*['\"](?P<extra>\w+)['\"])?")
+MODULES = {
+    "pillow": "PIL",
+    "onnxruntime-gpu": "onnxruntime",
+    "cupy-cuda13x": "cupy",
+    "tensorrt-rtx-cu13": "tensorrt_rtx",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13": "onnxruntime_ep_nv_tensorrt_rtx",
+}
+# Those a user installs
+EXTRAS = (
+    "", "cpu", "cuda", "openvino", "tensorrt", "tensorrt-rtx", "onnxruntime-openvino", "onnxruntime-tensorrt-rtx",
+    "onnxruntime-webgpu", "export",
+)  # fmt: skip
+REQUIREMENT = re.compile(
+    r"(?P<name>[\w.-]+)\s*>=\s*(?P<least>[\w.]+)(\s*;\s*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"])?"
+)
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -50,7 +62,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that `kandrt doctor` says; memory in bytes, None where the system does not tell."""
+    """Everything that `kandrt doctor` says; memory in bytes, None where the system does not tell.
+
+    can_build names the builders of engines that are installed.
+    """
 
     kandrt: str
     python: str
@@ -61,6 +76,7 @@ class Diagnosis:
     devices: list[Device]
     can_generate: bool
     can_export: bool
+    can_build: list[str]
     advice: list[str] = field(default_factory=list)
 
 
@@ -83,6 +99,9 @@ def diagnose() -> Diagnosis:
     lacking = missing("export")
     if lacking:
         advice.append(f"to export checkpoints: {pip_line('export')}")
+    builders = [name for name in ("tensorrt", "tensorrt-rtx") if not set(missing(name)) - {"cupy-cuda13x"}]
+    if not builders:
+        advice.append(f"to build engines: {pip_line('tensorrt-rtx')}, or on a data-centre GPU: {pip_line('tensorrt')}")
     usable = [device for device in devices if device.problem is None]
     if not usable:
         advice.append(f"to make pictures: {pip_line('cpu')}, or with an NVIDIA GPU: {pip_line('cuda')}")
@@ -96,6 +115,7 @@ def diagnose() -> Diagnosis:
         devices=devices,
         can_generate=bool(usable),
         can_export=not lacking,
+        can_build=builders,
         advice=advice,
     )
 
@@ -180,6 +200,17 @@ def memory() -> int | None:
         return total
 
 
+def by_name(packages: list[Package]) -> list[tuple[Package, str]]:
+    """Each package once, at the latest version that anything needs, with the extras that it serves."""
+    named: dict[str, list[Package]] = {}
+    for package in packages:
+        named.setdefault(package.name, []).append(package)
+    return [
+        (max(same, key=lambda each: numbers(each.least)), ", ".join(each.extra or "all" for each in same))
+        for same in named.values()
+    ]
+
+
 def show(found: Diagnosis) -> None:
     """Print it for people."""
     out = stdout()
@@ -193,10 +224,10 @@ def show(found: Diagnosis) -> None:
         out.print(f"{name:9} {text}", markup=False, soft_wrap=True)
     out.print()
     packages = table("package", "for", ">needs", ">installed")
-    for package in found.packages:
+    for package, extras in by_name(found.packages):
         style = "green" if package.fits else "red" if package.installed else "yellow"
         state = f"[{style}]{package.installed or 'not installed'}[/]"
-        packages.add_row(package.name, package.extra or "all", f"{package.least} or later", state)
+        packages.add_row(package.name, extras, f"{package.least} or later", state)
     out.print(packages)
     out.print()
     devices = table("backend", "device", "library", "precisions", "state")
@@ -208,6 +239,7 @@ def show(found: Diagnosis) -> None:
     for what, can in (
         ("make pictures (kandrt generate)", found.can_generate),
         ("export checkpoints (kandrt export)", found.can_export),
+        (f"build engines (kandrt build --backend {' or '.join(found.can_build) or 'tensorrt-rtx'})", found.can_build),
     ):
         out.print(f"[green]can[/] {what}" if can else f"[red]cannot[/] {what}")
     for line in found.advice:

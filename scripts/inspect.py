@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import Json, byte_progress, count_text, print_json, size_text, stdout, table
+from .engines import engines_of
+from .engines import show as show_engines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +37,10 @@ def command(
     if json:
         manifest = opened.manifest
         size, can = total_size(manifest), modes(manifest)
-        print_json({"bundle": str(bundle), "size": size, "modes": can, "checked": check, "manifest": manifest})
+        print_json(
+            {"bundle": str(bundle), "size": size, "modes": can, "checked": check, "manifest": manifest}
+            | {"engines": engines_of(opened)}
+        )
     else:
         show(opened, check)
 
@@ -95,6 +100,10 @@ def show(bundle: Bundle, checked: bool) -> None:
     )
     kept = "holds reference pictures" if manifest.reference else "holds no reference pictures"
     out.print(f"{kept} for kandrt verify", style="dim")
+    engines = engines_of(bundle)
+    if engines.found or engines.damaged:
+        out.print()
+        show_engines(engines, bundle.folder)
 
 
 def role_table(manifest: Manifest) -> Table:

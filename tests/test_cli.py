@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from kandrt.engines.backends import BACKENDS
 from kandrt.engines.bundle import open_bundle
 from kandrt.engines.manifest import decode_manifest
 from kandrt.scripts import console, doctor
 from kandrt.scripts.cli import app
 
-COMMANDS = ("export", "generate", "inspect", "verify", "doctor")
+COMMANDS = ("export", "build", "generate", "inspect", "verify", "doctor")
 HEAVY = (
     "torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "openvino", "numpy", "PIL", "tokenizers", "safetensors",
 )  # fmt: skip
@@ -84,7 +85,7 @@ atexit.register(lambda: print("imported:", *[name for name in {HEAVY} if name in
 """
     stdout, stderr = start(code).communicate(timeout=60)
     assert stderr == ""
-    assert re.findall(r"^│ (\w+) ", stdout, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^│ (\w+) ", stdout, re.MULTILINE) == [*COMMANDS, "engines"]
     assert stdout.endswith("imported:\n")
 
 
@@ -253,8 +254,9 @@ def test_doctor_reports_this_machine() -> None:
     assert ("pytest", "test") not in packages
     precisions = {(device["backend"], device["device"]): device["precisions"] for device in found["devices"]}
     assert precisions["onnxruntime", "cpu"] == ["fp32", "fp16"]
-    assert precisions.keys() == {("onnxruntime", "cpu"), ("onnxruntime", "cuda"), ("openvino", "cpu")}
+    assert precisions.keys() == {(name, device) for name, backend in BACKENDS.items() for device in backend.devices}
     assert found["can_export"] is True
+    assert found["can_build"] == ["tensorrt-rtx"]
     assert found["cpus"] >= 1
     text = run("doctor").stdout
     assert "can make pictures" in text
