@@ -1,16 +1,18 @@
-"""The components of a bundle as sessions, opened when first used."""
+"""The components of a bundle as sessions, opened when first used, each where it was chosen to run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
-from ..engines.backends import check_backend, open_component
+from ..engines.auto import Choice, choose
+from ..engines.backends import open_component
 from ..engines.bundle import Bundle
 from ..engines.errors import BackendError, InputError, NumericalError
 from ..engines.manifest import Precision
-from ..engines.session import Session
+from ..engines.session import Array, Session
+from .transfer import mover
 
 Memory = Literal["keep", "stage"]
 
@@ -21,23 +23,24 @@ class Components:
     def __init__(
         self,
         bundle: Bundle,
-        backend: str,
-        device: str,
+        backend: str | Mapping[str, str] = "onnxruntime",
+        device: str | Mapping[str, str] | None = None,
         *,
         precision: Precision | None = None,
         memory: Memory = "keep",
         threads: int | None = None,
+        options: Mapping[str, str] | Mapping[str, Mapping[str, str]] | None = None,
         sessions: Mapping[str, Session] | None = None,
     ) -> None:
-        """`precision` None is that of the bundle; `sessions` replace components, and then `backend` may be absent.
+        """Arguments are those of `load`; `sessions` replace components, for which no backend need be there.
 
-        Raises InputError or BackendError where the backend cannot be used.
+        Raises InputError or BackendError where a backend cannot be used.
         """
         if memory not in ("keep", "stage"):
             raise InputError(f"memory: expected 'keep' or 'stage', found {memory!r}")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads: expected a whole number of 1 or more, found {threads!r}")
-        self.bundle, self.backend, self.device = bundle, backend, device
+        self.bundle = bundle
         self.precision: Precision = bundle.manifest.precision if precision is None else precision
         self._memory, self._threads = memory, threads
         self._given = dict(sessions or {})
@@ -45,10 +48,11 @@ class Components:
         if unknown:
             known = ", ".join(bundle.manifest.components)
             raise InputError(f"sessions: the bundle has no component {', '.join(unknown)}; it has {known}")
+        rest = [name for name in bundle.manifest.components if name not in self._given]
+        self.choices: Mapping[str, Choice] = choose(bundle, rest, backend, device, precision)
+        self._options = options_by_backend(options, self.choices)
         self._open: dict[str, Session] = {}
         self._closed = False
-        if not self._given.keys() >= bundle.manifest.components.keys():
-            check_backend(backend, device, bundle.manifest.precision, precision)
 
     @property
     def opened(self) -> tuple[str, ...]:
@@ -64,14 +68,27 @@ class Components:
             self._open[name] = given if given is not None else self._open_component(name)
         return self._open[name]
 
+    def run(self, name: str, **arrays: Array) -> dict[str, Array]:
+        """Call a component once, its inputs brought to where it computes; its outputs are left there."""
+        session, placed = self.placed(name, arrays)
+        return dict(session(**placed))
+
+    def placed(self, name: str, arrays: Mapping[str, Array]) -> tuple[Session, dict[str, Array]]:
+        """A component, and arrays brought to where it computes: those that are elsewhere are copied, once."""
+        session = self[name]
+        move = mover(session, self.choices[name].device if name in self.choices else None)
+        return session, {key: move(array) for key, array in arrays.items()}
+
     def _open_component(self, name: str) -> Session:
+        choice = self.choices[name]
         return open_component(
             self.bundle,
             name,
-            backend=self.backend,
-            device=self.device,
+            backend=choice.backend,
+            device=choice.device,
             precision=self.precision,
             threads=self._threads,
+            options=self._options.get(choice.backend, {}),
         )
 
     @contextmanager
@@ -96,3 +113,36 @@ class Components:
         self._closed = True
         for name in list(self._open):
             self._release(name)
+
+
+def options_by_backend(
+    options: Mapping[str, str] | Mapping[str, Mapping[str, str]] | None, choices: Mapping[str, Choice]
+) -> dict[str, dict[str, str]]:
+    """Options by backend, which those of no backend in particular must be clear about.
+
+    Raises InputError for options that are no strings, of a backend that runs nothing, or of several at once.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"options: expected a mapping, found {options!r}")
+    used = list(dict.fromkeys(choice.backend for choice in choices.values()))
+    given: dict[str, Any] = dict(options or {})
+    nested: dict[str, dict[str, str]] = {
+        name: dict(value) for name, value in given.items() if isinstance(value, Mapping)
+    }
+    flat: dict[str, str] = {name: value for name, value in given.items() if name not in nested}
+    wrong = [f"{key}={value!r}" for each in (flat, *nested.values()) for key, value in each.items()
+             if not isinstance(key, str) or not isinstance(value, str)]  # fmt: skip
+    if wrong:
+        raise InputError(f"options: expected texts by name, found {', '.join(wrong)}")
+    unused = sorted(nested.keys() - set(used))
+    if unused:
+        raise InputError(
+            f"options: no component runs on backend {', '.join(map(repr, unused))}; "
+            f"those that run: {', '.join(map(repr, used)) or 'none'}"
+        )
+    if flat and len(used) != 1:
+        raise InputError(
+            f"options: {', '.join(flat)}: say for which backend, since components run on "
+            f"{' and '.join(map(repr, used)) or 'none'}: {{{used[0] if used else 'onnxruntime'!r}: {{...}}}}"
+        )
+    return {name: {**flat, **nested.get(name, {})} for name in used}

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -20,9 +19,10 @@ from .embeds import Embeds
 from .images import ImageLike, image_pixels, open_image, picture_size, to_array, to_pil
 from .masks import hint_pixels, latent_mask
 from .noise import Noise
-from .prior import check_count, check_latents, check_scale, noise_source, row_noise, to_host
+from .prior import check_count, check_latents, check_scale, noise_source, row_noise
 from .sampling import Callback, Inpaint, check_finite, denoise
 from .schedulers import Scheduler, scheduler_from_config
+from .transfer import to_device, to_host
 
 DEFAULT_STRENGTH = 0.3
 LATENT_CHANNELS = 4
@@ -217,16 +217,14 @@ class Decoder:
         clean = None if plan.pixels is None else self._encode(record, plan.pixels, len(plan.embeds))
         start: Array = np.asarray(draw(plan.latents_shape)) if plan.latents is None else plan.latents
         with components.stage(plan.role, record.context):
-            context = dict(components[record.context](**self._context_inputs(plan)))
-        embedding = context.pop("embedding")
-        xp = array_namespace(embedding)
-        inpaint, x = None, start
-        if clean is not None and plan.mask is not None:
-            inpaint = Inpaint(xp.asarray(clean), xp.asarray(plan.mask), xp.asarray(start))
-        elif clean is not None:
-            x = plan.scheduler.add_noise(clean, start, int(plan.timesteps[0]))
+            context = components.run(record.context, **self._context_inputs(plan))
         with components.stage(plan.role, record.step):
-            step = components[record.step]
+            step, context = components.placed(record.step, context)
+            embedding, inpaint, x = context.pop("embedding"), None, start
+            if clean is not None and plan.mask is not None:
+                inpaint = Inpaint(*(to_device(array, embedding) for array in (clean, plan.mask, start)))
+            elif clean is not None:
+                x = plan.scheduler.add_noise(clean, start, int(plan.timesteps[0]))
             loop = denoise(
                 step, plan.scheduler, x, plan.timesteps, embedding, context,
                 scale=plan.scale, noise=draw, inpaint=inpaint,
@@ -250,16 +248,19 @@ class Decoder:
     def _encode(self, record: DecoderRecord, pixels: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
         """Pictures [N, 3, H, W] in [-1, 1] to latents [rows, 4, H/8, W/8], one at a time to bound memory."""
         with self._components.stage("movq encoder", record.movq_encoder):
-            session = self._components[record.movq_encoder]
-            latents = np.concatenate([to_host(session(pixels=each[None])["latents"]) for each in pixels])
+            latents = np.concatenate([self._run(record.movq_encoder, pixels=each[None]) for each in pixels])
             check_finite(latents)
         return np.repeat(latents, rows // len(pixels), axis=0)
 
     def _decode(self, record: DecoderRecord, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Latents to pictures [B, H, W, 3] in [0, 1], one at a time to bound memory."""
         with self._components.stage("movq decoder", record.movq_decoder):
-            session = self._components[record.movq_decoder]
-            return np.concatenate([to_array(to_host(session(latents=row[None])["pixels"])) for row in latents])
+            return np.concatenate([to_array(self._run(record.movq_decoder, latents=row[None])) for row in latents])
+
+    def _run(self, name: str, **inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The one output of a component, on the host."""
+        (output,) = self._components.run(name, **inputs).values()
+        return to_host(output)
 
 
 def listed(name: str, given: Any, batch: int) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ..engines.auto import Choice
 from ..engines.bundle import open_bundle
 from ..engines.errors import BundleError
 from ..engines.manifest import Manifest, Precision
@@ -40,6 +41,11 @@ class Kandinsky:
     def precision(self) -> Precision:
         """What the networks compute in."""
         return self._components.precision
+
+    @property
+    def choices(self) -> Mapping[str, Choice]:
+        """By component, the backend and device that run it, why, and what "auto" passed over."""
+        return self._components.choices
 
     @property
     def opened(self) -> tuple[str, ...]:
@@ -128,23 +134,29 @@ class Kandinsky:
 def load(
     bundle: str | Path | None = None,
     *,
-    backend: str = "onnxruntime",
-    device: str = "cpu",
+    backend: str | Mapping[str, str] = "onnxruntime",
+    device: str | Mapping[str, str] | None = None,
     precision: Precision | None = None,
     memory: Memory = "keep",
     threads: int | None = None,
+    options: Mapping[str, str] | Mapping[str, Mapping[str, str]] | None = None,
     sessions: Mapping[str, Session] | None = None,
 ) -> Kandinsky:
     """Open a bundle, by default the miniature that comes with kandrt; components are opened when they are first used.
 
-    backend: "onnxruntime" or "openvino". device: "cpu" or "cuda". precision: what to compute in, by default what the
-    bundle was exported in; "openvino" computes fp32 bundles in "bf16" too, their timestep embeddings apart. memory:
-    "keep" leaves components open between calls, "stage" closes each after its stage, so that no two large ones are in
-    memory together. threads: of the CPU, by default all. sessions: run these in place of the bundle's components, by
-    name.
+    backend: what runs the networks, a key of `engines.backends.BACKENDS` such as "onnxruntime" or "openvino"; "auto"
+    for the best that can run here (`engines.auto` has its order, and `choices` of the result what it chose and why).
+    device: where, such as "cpu" or "cuda"; by default the backend's first. Both may be mappings from component to name,
+    in which "*" stands for the components not named: {"movq_decoder": "openvino"} leaves the others to the default.
+    precision: what to compute in, by default what the bundle was exported in; "openvino" computes fp32 bundles in
+    "bf16" too, their timestep embeddings apart. memory: "keep" leaves components open between calls, "stage" closes
+    each after its stage, so that no two large ones are in memory together. threads: of the CPU, by default all.
+    options: texts that are passed on to the engine library by its own names, or by backend such texts. sessions: run
+    these in place of the bundle's components, by name; they take arrays as the others give them, unless they have a
+    method `to_device(array)` that brings an array to where they compute.
 
-    Raises BundleError for a damaged bundle, InputError and BackendError where backend, device or precision cannot be
-    used.
+    Nothing that is named here is replaced by anything else: what cannot run is an error. Raises BundleError for a
+    damaged bundle, InputError and BackendError where backend, device, precision or options cannot be used.
     """
     components = Components(
         open_bundle(MINIATURE if bundle is None else bundle),
@@ -153,6 +165,7 @@ def load(
         precision=precision,
         memory=memory,
         threads=threads,
+        options=options,
         sessions=sessions,
     )
     return Kandinsky(components)

@@ -51,10 +51,19 @@ class Thresholding:
         below, above, weight = math.floor(rank), math.ceil(rank), float(rank - np.floor(rank))
         low, high = ordered[:, below : below + 1], ordered[:, above : above + 1]
         bound = low + weight * (high - low) if weight < 0.5 else high - (1.0 - weight) * (high - low)
-        bound = xp.clip(bound, min=1.0)
+        bound = xp.maximum(bound, 1.0)
         if self.maximum is not None:
-            bound = xp.clip(bound, max=self.maximum)
-        return xp.reshape(xp.clip(flat, -bound, bound) / bound, x0.shape)
+            bound = xp.minimum(bound, self.maximum)
+        return xp.reshape(clipped(flat, -bound, bound) / bound, x0.shape)
+
+
+def clipped(x: Array, low: Array | float, high: Array | float) -> Array:
+    """`x` in [low, high], NaN kept.
+
+    Not by array_api_compat's `clip`: for CuPy that selects by a mask, and so waits for the device to count.
+    """
+    xp = array_namespace(x)
+    return xp.minimum(xp.maximum(x, low), high)
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Prediction:
         x0 = PREDICTIONS[self.kind][0](pred, x, alpha, sigma)
         if self.thresholding is not None:
             return self.thresholding(x0)
-        return x0 if self.clip is None else array_namespace(x0).clip(x0, -self.clip, self.clip)
+        return x0 if self.clip is None else clipped(x0, -self.clip, self.clip)
 
     def noise(self, pred: Array, x: Array, alpha: float, sigma: float) -> Array:
         """The noise that `pred` stands for, before any clipping; shape and dtype of `x`."""

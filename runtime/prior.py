@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
@@ -27,6 +27,7 @@ from .noise import Noise, NoiseSource, make_noise
 from .sampling import Callback, check_finite, denoise
 from .schedulers import Scheduler, scheduler_from_config
 from .tokenizer import Tokenizer, check_prompts
+from .transfer import to_host
 
 DEFAULT_STRENGTH = 0.3
 
@@ -41,7 +42,8 @@ class TextContext:
     def take(self, index: Sequence[int]) -> dict[str, Array]:
         """Rows by index, repeated as often as they are named."""
         xp = array_namespace(self.embedding)
-        return {name: xp.take(array, xp.asarray(index), axis=0) for name, array in self.rows.items()}
+        rows = xp.asarray(index, device=device(self.embedding))
+        return {name: xp.take(array, rows, axis=0) for name, array in self.rows.items()}
 
 
 class Prior:
@@ -143,7 +145,8 @@ class Prior:
         scale = float(guidance_scale) if guidance_scale > 1 else None
         context, embedding = self._context(texts if scale is None else uncond + texts, timesteps)
         with self._components.stage("prior", self._record.step):
-            step = self._components[self._record.step]
+            step, context = self._components.placed(self._record.step, {"embedding": embedding, **context})
+            embedding = context.pop("embedding")
             loop = denoise(step, self._scheduler, x, timesteps, embedding, context, scale=scale, noise=draw)
             for done, x in enumerate(loop, 1):
                 if callback is not None:
@@ -159,22 +162,24 @@ class Prior:
         run = [text for text in unique if text != "" or cached is None]
         tokens = self._tokenizer(run)
         with self._components.stage("text encoder", self._record.text_encoder):
-            encoded = self._components[self._record.text_encoder](input_ids=tokens.input_ids)
+            encoded = self._components.run(self._record.text_encoder, input_ids=tokens.input_ids)
             for array in encoded.values():
                 check_finite(array)
         with self._components.stage("prior", self._record.context):
-            outputs = dict(
-                self._components[self._record.context](
-                    **encoded,
-                    text_mask=tokens.attention_mask.astype(np.float32),
-                    timesteps=timesteps.astype(np.float32),
-                )
+            outputs = self._components.run(
+                self._record.context,
+                **encoded,
+                text_mask=tokens.attention_mask.astype(np.float32),
+                timesteps=timesteps.astype(np.float32),
             )
         embedding = outputs.pop("embedding")
         xp = array_namespace(embedding)
         if "" in run:
             row = run.index("")
-            self._unconditional = {name: array[row : row + 1, ...] for name, array in outputs.items()}
+            # copies: a view would keep the other rows in memory too
+            self._unconditional = {
+                name: xp.asarray(array[row : row + 1, ...], copy=True) for name, array in outputs.items()
+            }
         elif cached is not None:
             run.append("")
             outputs = {name: xp.concat([array, cached[name]], axis=0) for name, array in outputs.items()}
@@ -224,7 +229,7 @@ class Prior:
             last = self(negative_prompt, **settings)
             return Embeds(total, last.image_embeds if negative_prompt else last.negative_image_embeds)
         # diffusers runs the prior for the empty prompt too and throws the result away: only its draws matter.
-        for _ in range(1 + sum(t > 0 for t in self._scheduler.timesteps(steps).tolist())):
+        for _ in range(1 + sum(map(self._scheduler.draws, self._scheduler.timesteps(steps).tolist()))):
             source((count, self._record.embedding_dim))
         return Embeds(total, np.repeat(self._statistics["zero_image_embeds"], count, axis=0))
 
@@ -285,11 +290,14 @@ class Prior:
         if all(picture.ndim == 2 for picture in pictures):
             return list(pictures)
         with self._components.stage("image encoder", self._record.image_encoder):
-            encoder = self._components[self._record.image_encoder]
-            embeds = [p if p.ndim == 2 else to_host(encoder(pixel_values=p)["image_embeds"]) for p in pictures]
+            embeds = [p if p.ndim == 2 else self._encoded(p) for p in pictures]
             for each in embeds:
                 check_finite(each)
         return embeds
+
+    def _encoded(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The embedding [1, D] of one picture."""
+        return to_host(self._components.run(self._record.image_encoder, pixel_values=pixels)["image_embeds"])
 
     @staticmethod
     def _negatives(negative_prompt: str | Sequence[str], prompts: int) -> list[str]:
@@ -316,7 +324,7 @@ def noise_source(seed: int | Sequence[int] | None, noise: Noise | None) -> Noise
     return noise if isinstance(noise, NoiseSource) and seed is None else make_noise(seed, noise)
 
 
-def row_noise(source: NoiseSource, rows: int, paired: bool = False) -> Noise:
+def row_noise(source: NoiseSource, rows: int, paired: bool = False) -> NoiseSource:
     """`source` for draws of `rows` rows; InputError where it has several seeds, and another number of them.
 
     paired: one seed may also serve the rows i and rows / 2 + i, an embedding and its negative one, and then gives
@@ -325,7 +333,9 @@ def row_noise(source: NoiseSource, rows: int, paired: bool = False) -> Noise:
     if not isinstance(source.seed, tuple) or len(source.seed) == rows:
         return source
     if paired and len(source.seed) == rows // 2:
-        return lambda shape: np.swapaxes(source((shape[0] // 2, 2, *shape[1:])), 0, 1).reshape(shape)
+        return replace(
+            source, draw=lambda shape: np.swapaxes(source((shape[0] // 2, 2, *shape[1:])), 0, 1).reshape(shape)
+        )
     expected = rows // 2 if paired else rows
     raise InputError(f"seed: expected one, or one for each of {expected} pictures, found {len(source.seed)}")
 
@@ -353,8 +363,3 @@ def check_latents(latents: Any, expected: tuple[int, ...]) -> NDArray[np.float32
     if array.shape != expected or array.dtype.kind != "f" or not np.isfinite(array).all():
         raise InputError(f"latents: expected finite floats {list(expected)}, found {array.dtype}{list(array.shape)}")
     return array.astype(np.float32)
-
-
-def to_host(array: Array) -> NDArray[Any]:
-    """A device's array as a NumPy array."""
-    return np.asarray(array.get() if hasattr(array, "get") else array)

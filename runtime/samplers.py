@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 
 from ..engines.errors import InputError
@@ -25,6 +25,7 @@ from .noise import Array, Noise
 from .noise_schedule import NoiseSchedule
 from .predictions import Prediction
 from .timesteps import Spacing
+from .transfer import to_device
 
 History: TypeAlias = tuple[Array, int] | None
 """What a multistep sampler remembers: the last predicted clean sample and its timestep."""
@@ -54,6 +55,10 @@ class Sampler:
     def add_noise(self, x0: Array, noise: Array, t: int) -> Array:
         """See Scheduler."""
         return self.schedule.add_noise(x0, noise, t)
+
+    def draws(self, t: int) -> bool:  # noqa: ARG002
+        """See Scheduler."""
+        return False
 
     def _split(self, pred: Array, x: Array) -> tuple[Array, Array | None]:
         """The prediction and, with learned variance, its second half."""
@@ -98,6 +103,10 @@ class DDPM(Sampler):
         """See Scheduler."""
         return self.variance_type in ("learned", "learned_range")
 
+    def draws(self, t: int) -> bool:
+        """See Scheduler."""
+        return t > 0
+
     def step(self, pred: Array, x: Array, t: int, t_prev: int, noise: Noise, history: History = None) -> Stepped:  # noqa: ARG002
         """See Scheduler; the history stays None."""
         pred, v = self._split(pred, x)
@@ -106,12 +115,11 @@ class DDPM(Sampler):
         alpha, beta = self._alpha_beta(t, t_prev)
         x0 = self.prediction.clean(pred, x, *self.schedule.alpha_sigma(t))
         mean = float(np.sqrt(signal_prev) * beta / rest) * x0 + float(np.sqrt(alpha) * rest_prev / rest) * x
-        if t == 0:
+        if not self.draws(t):
             return mean, None
         small = np.maximum(rest_prev / rest * beta, _TINY)
         deviation = STANDARD_DEVIATIONS[self.variance_type](v, small, beta)
-        draw = array_namespace(x).asarray(noise(tuple(x.shape)), dtype=x.dtype, device=device(x))
-        return mean + deviation * draw, None
+        return mean + deviation * to_device(noise(tuple(x.shape)), x), None
 
     def _alpha_beta(self, t: int, t_prev: int) -> tuple[np.float32, np.float32]:
         """Signal kept and noise added between `t_prev` and `t`."""

@@ -38,11 +38,16 @@ class Scheduler(Protocol):
         """`x0` as it looks at timestep `t`, given standard-normal `noise` of its shape."""
         ...
 
+    def draws(self, t: int) -> bool:
+        """Whether a step from `t` calls its noise, which is then once."""
+        ...
+
     def step(self, pred: Array, x: Array, t: int, t_prev: int, noise: Noise, history: History = None) -> Stepped:
         """From `x` at `t` to the sample at `t_prev`, the next timestep of the list (-1 after the last).
 
-        `noise` is called at most once, with the shape of `x`. Give the returned history to the next step, None to the
-        first. Raises InputError where `pred` does not have the shape of `x` (twice its channels with learned variance).
+        `noise` is called once where `draws(t)`, with the shape of `x`, and not at all elsewhere. Give the returned
+        history to the next step, None to the first. Raises InputError where `pred` does not have the shape of `x`
+        (twice its channels with learned variance).
         """
         ...
 

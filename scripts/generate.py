@@ -20,6 +20,7 @@ from .inspect import schedulers
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from ..engines.auto import Choice
     from ..engines.manifest import Manifest, Role
     from ..runtime import Result
 
@@ -28,6 +29,9 @@ EXAMPLE = 'kandrt generate my-bundle "a robot, 4k photo" -o robot.png --steps 50
 
 # Those that runtime.images.save_image writes.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+# Stands for the components that an option does not name; as in engines.auto.
+OTHERS = "*"
 
 # Stages in order, as the progress bars name them; the last has no steps.
 STAGES = {"prior": "prior", "decoder": "decoder", "movq": "picture"}
@@ -146,8 +150,31 @@ def command(
         int | None, typer.Option(help="Repeats a picture; by default a random one.", show_default=False)
     ] = None,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
-    backend: Annotated[str, typer.Option(help="What runs the graphs: onnxruntime or openvino.")] = "onnxruntime",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What runs the networks: onnxruntime (the default), another that kandrt doctor lists, or auto for the "
+            "best here. COMPONENT=NAME is for one component; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Where: cpu or cuda, say; by default the backend's own. COMPONENT=NAME is for one component.",
+            show_default=False,
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="For the engine library, by its own name; BACKEND.KEY=VALUE for one of several; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"] | None,
         typer.Option(
@@ -175,14 +202,19 @@ def command(
         "height": height, "width": width, "steps": steps, "guidance_scale": guidance_scale, "prior_steps": prior_steps,
         "prior_guidance_scale": prior_guidance_scale, "count": count, "scheduler": scheduler, "seed": seed,
     }  # fmt: skip
-    log.debug("%s: %r with %s", bundle, prompt, settings)
+    engines: dict[str, Any] = {
+        "backend": by_component("--backend", backend, "onnxruntime"), "device": by_component("--device", device, None),
+        "options": engine_options(option),
+    }  # fmt: skip
+    log.debug("%s: %r with %s, %s", bundle, prompt, settings, engines)
     from ..runtime import load
 
     with warnings_in_line(), clock() as measured:
         measured.begin("prior")
-        with load(bundle, backend=backend, device=device, precision=precision, memory=memory, threads=threads) as k:
+        with load(bundle, **engines, precision=precision, memory=memory, threads=threads) as k:
+            tell(k.choices)
             result = k(prompt, **settings, callback=measured.step)
-            manifest, engine = k.manifest, {"backend": backend, "precision": k.precision}
+            manifest, engine = k.manifest, {"backend": backends(k.choices), "precision": k.precision}
             log.debug("opened %s", ", ".join(k.opened))
         measured.end()
     facts = metadata(bundle, manifest, prompt, settings, result) | engine
@@ -208,6 +240,41 @@ def split_words(words: list[str]) -> tuple[Path | None, str]:
     if os.path.isfile(os.path.join(words[0], "manifest.json")):  # noqa: PTH113, PTH118  # a prompt may be no path
         raise typer.BadParameter(f"{words[0]} is a bundle; a prompt is needed too", param_hint="PROMPT")
     return None, words[0]
+
+
+def by_component(option: str, values: list[str] | None, default: str | None) -> str | dict[str, str] | None:
+    """What `load` takes: a name, or names by component where any value is COMPONENT=NAME.
+
+    A usage error for two names for the same.
+    """
+    found: dict[str, str] = {}
+    for value in values or ():
+        component, equals, name = value.rpartition("=")
+        component = component if equals else OTHERS
+        if component in found or not component or not name:
+            expected = f"expected a name once, and others as COMPONENT=NAME, found {value!r}"
+            raise typer.BadParameter(f"{expected} after {found}" if found else expected, param_hint=option)
+        found[component] = name
+    if not found:
+        return default
+    return found[OTHERS] if list(found) == [OTHERS] else found
+
+
+def engine_options(values: list[str] | None) -> dict[str, Any]:
+    """Options as `load` takes them: by name, or by backend and name; a usage error for what is not KEY=VALUE."""
+    from ..engines.backends import BACKENDS
+
+    found: dict[str, Any] = {}
+    for value in values or ():
+        key, equals, text = value.partition("=")
+        backend, dot, name = key.partition(".")
+        if not equals or not key or (dot and not name):
+            raise typer.BadParameter(f"expected KEY=VALUE, found {value!r}", param_hint="--option")
+        if dot and backend in BACKENDS:  # other keys have dots too
+            found.setdefault(backend, {})[name] = text
+        else:
+            found[key] = text
+    return found
 
 
 def check_prompt(prompt: str) -> None:
@@ -254,6 +321,24 @@ def clock() -> Iterator[Clock]:
     )  # fmt: skip
     with Progress(*columns, console=stderr(), transient=True) as progress:
         yield Clock(progress)
+
+
+def tell(choices: Mapping[str, Choice]) -> None:
+    """Say on one line what backend "auto" chose and why, where it was asked."""
+    from ..engines.auto import summary
+
+    chosen = {name: choice for name, choice in choices.items() if choice.automatic}
+    if chosen:
+        stderr().print(f"auto: {summary(chosen)}", markup=False, soft_wrap=True)
+
+
+def backends(choices: Mapping[str, Choice]) -> str:
+    """The backend that runs all components, or most and after it the others with theirs."""
+    found: dict[str, list[str]] = {}
+    for choice in choices.values():
+        found.setdefault(choice.backend, []).append(choice.component)
+    first, *rest = sorted(found, key=lambda name: -len(found[name]))
+    return "; ".join([first, *(f"{name}: {', '.join(found[name])}" for name in rest)])
 
 
 def metadata(

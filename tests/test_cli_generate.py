@@ -117,7 +117,12 @@ def test_defaults_are_those_of_the_python_surface() -> None:
     options = inspect.signature(generate.command).parameters
     shared = [name for name in options if name in surface or name in opening]
     assert len(shared) == 19
-    for name in shared:
+    several = {"backend", "device"}  # options that may be repeated: without one they are None
+    assert [generate.by_component(name, None, opening[name].default) for name in sorted(several)] == [
+        "onnxruntime",
+        None,
+    ]
+    for name in set(shared) - several:
         assert options[name].default == (surface.get(name) or opening[name]).default, name
 
 
@@ -173,6 +178,8 @@ def test_folder_that_refuses_files_is_found_before_anything_is_opened(
         (("--mask", "missing.png"), "mask: inpainting needs image"),
         (("--backend", "abacus"), "backend: expected 'onnxruntime'"),
         (("--device", "tpu"), "expected 'cpu' or 'cuda'"),
+        (("--backend", "unet=openvino"), "backend: the bundle has no component unet; it has text_encoder"),
+        (("--option", "openvino.NUM_STREAMS=1"), "no component runs on backend 'openvino'"),
         (("--precision", "fp16"), "only in fp32, found precision 'fp16'; export it with --precision fp16"),
         (("--threads", "0"), "threads: expected a whole number of 1 or more"),
         (("--seed", "-1"), "seed: expected an int"),
@@ -210,3 +217,76 @@ def test_bars_name_the_stages_on_a_terminal(
     assert re.search(r"prior .* 2/2", shown)
     assert re.search(r"decoder .* 3/3 .* steps/s", shown)
     assert "picture" in shown
+
+
+# What runs where
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (None, "default"),
+        (["openvino"], "openvino"),
+        (["movq_decoder=openvino"], {"movq_decoder": "openvino"}),
+        (["openvino", "movq_decoder=auto"], {"*": "openvino", "movq_decoder": "auto"}),
+    ],
+)
+def test_names_by_component(values: list[str] | None, expected: Any) -> None:
+    assert generate.by_component("--backend", values, "default") == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (None, {}),
+        (["NUM_STREAMS=1", "A=b=c"], {"NUM_STREAMS": "1", "A": "b=c"}),
+        (
+            ["openvino.NUM_STREAMS=1", "onnxruntime.a.b="],
+            {"openvino": {"NUM_STREAMS": "1"}, "onnxruntime": {"a.b": ""}},
+        ),
+        (["session.intra_op.allow_spinning=0"], {"session.intra_op.allow_spinning": "0"}),
+    ],
+)
+def test_options_by_backend(values: list[str] | None, expected: Any) -> None:
+    assert generate.engine_options(values) == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--backend", "openvino", "--backend", "auto"),
+        ("--backend", "movq_decoder=openvino", "--backend", "movq_decoder=auto"),
+        ("--device", "movq_decoder="),
+        ("--device", "=cpu"),
+        ("--option", "NUM_STREAMS"),
+        ("--option", "=1"),
+        ("--option", "openvino.=1"),
+    ],
+)
+def test_what_is_no_assignment_is_wrong_usage(bundle: Path, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    result = run(bundle, PROMPT, "-o", tmp_path / "a.png", *flags)
+    assert result.exit_code == 2
+    assert f"Invalid value for {flags[-2]}" in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_auto_says_on_one_line_what_it_chose(bundle: Path, tmp_path: Path) -> None:
+    plain, auto = (
+        run(bundle, PROMPT, "-o", tmp_path / f"{name}.png", *SMALL, "--seed", "1", "--backend", name)
+        for name in ("onnxruntime", "auto")
+    )
+    assert (plain.exit_code, plain.stderr) == (0, "")
+    assert re.fullmatch(r"auto: all components on \w+[^\n]*\n", auto.stderr)
+    with Image.open(tmp_path / "auto.png") as image:
+        image.load()
+        assert image.text["backend"] in auto.stderr  # type: ignore[attr-defined]
+
+
+def test_a_component_on_another_backend_is_in_the_metadata(bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    flags = ("--backend", "movq_decoder=openvino", "--option", "openvino.NUM_STREAMS=1", "--device", "cpu")
+    result = run(bundle, PROMPT, "-o", tmp_path / "a.png", *SMALL, *flags)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    with Image.open(tmp_path / "a.png") as image:
+        image.load()
+        assert image.text["backend"] == "onnxruntime; openvino: movq_decoder"  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import array_api_strict
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from kandrt.engines.errors import InputError, NumericalError
 from kandrt.runtime.sampling import Inpaint, denoise, guided
 from kandrt.runtime.schedulers import Scheduler, scheduler_from_config
+from kandrt.scripts import overhead
 
 from .oracle import SeededNoise, row_of
 
@@ -265,3 +267,20 @@ def test_a_prediction_of_another_shape() -> None:
     )
     with pytest.raises(InputError, match="expected a prediction of shape"):
         next(loop)
+
+
+# What the host does in a step
+
+
+def test_overhead_is_that_of_the_loop_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every stage is measured, and a step's parts are its whole; how long they take is not a matter of a test."""
+    overhead.command(steps=20, json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["stage"] for row in rows] == list(overhead.SIZES)
+    for row in rows:
+        assert all(value >= 0 for name, value in row.items() if name != "stage")
+        assert row["noise"] > 0
+        assert row["inputs"] <= row["overhead"] <= row["total"]  # step by step one is a part of the next
+    overhead.show([overhead.Row(**row) for row in rows])
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in (*overhead.SIZES, *overhead.TEXTS.values()))
