@@ -175,12 +175,16 @@ def byte_progress(description: str, total: int) -> Iterator[Callable[[int], None
 
 
 def table(*columns: str) -> Table:
-    """An empty table in the one style; a column whose name starts with ">" is aligned right."""
+    """An empty table in the one style; a column whose name starts with ">" is aligned right.
+
+    Where the terminal is narrow, texts take more lines and nothing of them is left out.
+    """
     from rich import box
 
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
     for column in columns:
-        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        name = column.removeprefix(">")
+        made.add_column(name, justify="left" if name == column else "right", overflow="fold")
     return made
 
 

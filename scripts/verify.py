@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..engines.errors import BackendError, BundleError, CheckpointError, KandrtError
+from ..engines.errors import BackendError, BundleError, CheckpointError, InputError, KandrtError
 from .console import FAILED, Json, pieces, print_json, size_text, stdout, table
 from .doctor import missing, need, pip_line
+from .engine_reference import OnHost
 from .inspect import check_files, total_size
 from .reference import Row, check_reference, load_reference, make_reference, request_names, stored_name
 
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
     from ..engines.bundle import Bundle
     from ..engines.manifest import Manifest, Source
-    from ..engines.session import Array, Session
-    from ..engines.spec import TensorSpec
+    from ..engines.session import Session
     from ..export.checkpoint import Checkpoint
     from ..export.torch_session import TorchSession
+    from .verify_engines import EngineFindings
 
 USAGE = "BUNDLE"
 EXAMPLE = "kandrt verify my-bundle --checkpoint kandinsky-2-2-prior --checkpoint kandinsky-2-2-decoder"
@@ -98,29 +99,69 @@ def command(
     variant: Annotated[
         str | None, typer.Option(help="Weight files of --checkpoint to prefer.", show_default=False)
     ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the graphs.")] = "onnxruntime",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    backend: Annotated[
+        str | None, typer.Option(help="What runs the graphs.", show_default="onnxruntime; all with --engines")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where, such as cpu or cuda.", show_default="cpu")] = None,
+    engines: Annotated[
+        bool, typer.Option("--engines", help="Compare engines and providers with the graphs in fp32 instead.")
+    ] = False,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None,
+        typer.Option(help="With --engines: what to compute in, by default the bundle's.", show_default=False),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(help="With --engines: side of the pictures, by default the least.", show_default=False),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="With --engines: for the engine library.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check a bundle: its files, its graphs, its pictures. Exit code 1 if anything fails.
 
     Files are compared with their hashes; each graph with its checkpoint's network under PyTorch, where that is
     installed; whole requests with the answers that PyTorch gave. What cannot be checked is named.
+
+    With --engines, no checkpoint is needed: each component and whole requests under --backend, or under everything that
+    can run here, are compared with the bundle's own graphs in fp32. Where one is too far off, the worst layer is named.
     """
     from ..engines.backends import check_backend
     from ..engines.bundle import open_bundle
+    from . import verify_engines
 
+    if engines:
+        check_unused({"--checkpoint": checkpoint, "--revision": revision, "--variant": variant}, "with")
+    else:
+        check_unused({"--precision": precision, "--size": size, "--option": option}, "without")
     opened = open_bundle(bundle)
-    check_backend(backend, device, "fp32")
-    if checkpoint:
-        need("export", "--checkpoint")
-    found = verify(Target(opened, backend, device), checkpoint or [], revision, variant)
+    found: Findings | EngineFindings
+    if engines:
+        wanted = verify_engines.Wanted(backend, device, precision, size, verify_engines.options_of(option, backend))
+        found = verify_engines.verify_engines(opened, wanted)
+    else:
+        target = Target(opened, backend or "onnxruntime", device or "cpu")
+        check_backend(target.backend, target.device, "fp32")
+        if checkpoint:
+            need("export", "--checkpoint")
+        found = verify(target, checkpoint or [], revision, variant)
     if json:
         print_json({"bundle": str(bundle), "passed": found.passed, "rows": found.rows, "not_verified": found.skipped})
-    else:
+    elif isinstance(found, Findings):
         show(opened, found)
+    else:
+        verify_engines.show(opened, found)
     if not found.passed:
         raise typer.Exit(FAILED)
+
+
+def check_unused(options: Mapping[str, object], how: str) -> None:
+    """Raise InputError for options that were given and have no meaning with, or without, --engines."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise InputError(f"{', '.join(given)}: of no use {how} --engines; leave it out")
 
 
 def verify(target: Target, checkpoints: Sequence[str], revision: str | None, variant: str | None) -> Findings:
@@ -260,7 +301,7 @@ def graph_session(target: Target, name: str) -> Iterator[Session]:
     """A component opened; one whose precision the device has no kernels for computes in fp32 with its own weights."""
     from ..engines.backends import open_component
     from ..engines.ort import OrtSession
-    from ..export.check import widen
+    from ..export.probes import widen
 
     bundle, component = target.bundle, target.bundle.manifest.components[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -277,33 +318,6 @@ def graph_session(target: Target, name: str) -> Iterator[Session]:
             yield OnHost(session)
         finally:
             session.close()
-
-
-@dataclass(frozen=True)
-class OnHost:
-    """A session whose outputs are NumPy arrays wherever they were computed."""
-
-    session: Session
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What a call takes."""
-        return self.session.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What a call gives."""
-        return self.session.outputs
-
-    def __call__(self, **arrays: Array) -> dict[str, NDArray[np.float32]]:
-        """Run the graph once."""
-        from ..runtime.prior import to_host
-
-        return {name: to_host(array) for name, array in self.session(**arrays).items()}
-
-    def close(self) -> None:
-        """Close the session."""
-        self.session.close()
 
 
 # Requests

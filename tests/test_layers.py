@@ -31,9 +31,14 @@ MAY_IMPORT: dict[str, str] = {
     "onnx_ir": EXPORT_ONLY,
     "huggingface_hub": EXPORT_ONLY,
     "diffusers": r"scripts/bench.*",  # as the contender of a benchmark
-    "onnxruntime": r"engines/ort\.py|export/check\.py",
+    "onnxruntime": r"engines/providers\.py",
+    "onnxruntime_ep_openvino": r"engines/providers\.py",
+    "onnxruntime_ep_nv_tensorrt_rtx": r"engines/providers\.py",
+    "onnxruntime_ep_webgpu": r"engines/providers\.py",
     "openvino": r"engines/openvino\.py",
     "cupy": r"engines/.*",
+    "tensorrt": r"engines/trt\.py",
+    "tensorrt_rtx": r"engines/trt\.py",
 }
 
 MAX_FILE_LINES = 400
@@ -189,6 +194,7 @@ def test_every_file_keeps_the_rules(rule: object) -> None:
         (wrong_libraries, "engines/a.py", "import onnxruntime as ort"),
         (wrong_libraries, "engines/a.py", "from openvino import Core"),
         (wrong_libraries, "runtime/a.py", "import cupy"),
+        (wrong_libraries, "engines/trt_session.py", "import tensorrt_rtx as trt"),
         (wrong_libraries, "runtime/a.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import torch"),
         (dangerous_calls, "export/a.py", "pickle.load(file)"),
         (dangerous_calls, "export/a.py", "pickle.Unpickler(file).load()"),
@@ -225,7 +231,7 @@ def test_the_rules_see(rule: object, path: str, source: str) -> None:
         ("export/a.py", "import torch\nnetwork.eval()\ntorch.load(file, weights_only=True)\nre.compile('a')"),
         ("runtime/a.py", "from .images import open_image\nfrom . import masks\nimport onnxruntime_tools"),
         ("runtime/a.py", "if TYPE_CHECKING:\n    import torch"),
-        ("engines/ort.py", "import onnxruntime\nimport cupy"),
+        ("engines/providers.py", "import onnxruntime\nimport cupy"),
         ("engines/backends.py", "from .openvino import OpenVinoSession"),
         ("scripts/bench_contenders.py", "import diffusers"),
         ("export/a.py", "subprocess.run(['ls'], shell=False)\nexcept_this = pickle.UnpicklingError"),
