@@ -19,7 +19,7 @@ from .bundle import Bundle
 from .errors import BackendError, InputError, KandrtError, MissingExtraError, OutputError
 from .manifest import Manifest
 from .plan_worker import Event, PlanJob
-from .plans import RECORD_VERSION, Builder, PlanKey, PlanRecord, PlanSettings, plan_key
+from .plans import RECORD_VERSION, Builder, PlanKey, PlanRecord, PlanSettings, differences, plan_key
 from .profiles import Coverage, check_coverage, component_profiles, default_size
 from .request import contexts
 from .store import CACHES, EngineStore, command_line, plan_record_file
@@ -39,13 +39,15 @@ Progress = Callable[[float, str], None]
 class Task:
     """A plan that is wanted: its key, and the record of the plan that is there already, if it is.
 
-    estimated_bytes is about the plan's size, estimated_peak about the memory that building it takes.
+    estimated_bytes is about the plan's size, estimated_peak about the memory that building it takes. changed says in
+    which parts of the key the most similar plan of the component is another; empty where there is none at all.
     """
 
     key: PlanKey
     existing: PlanRecord | None
     estimated_bytes: int
     estimated_peak: int
+    changed: tuple[str, ...] = ()
 
 
 def plan_work(
@@ -81,6 +83,7 @@ def plan_work(
     capabilities = target_gpus(builder, gpus, settings)
     bundle.check_hashes(manifest.components[name].graph for name in components or manifest.components)
     store, tasks = EngineStore(bundle), []
+    records, _ = store.records()
     for name in components or manifest.components:
         key = plan_key(
             bundle,
@@ -92,7 +95,9 @@ def plan_work(
             settings=settings,
         )
         size = manifest.components[name].parameters * weight_bytes(manifest, name)
-        tasks.append(Task(key, store.find(key), size, int(size * PEAK_OF_WEIGHTS) + PEAK_BASE))
+        others = (each.key for each in records if (each.key.component, each.key.builder) == (name, builder))
+        changed = min((differences(other, key) for other in others), key=len, default=[])
+        tasks.append(Task(key, store.find(key), size, int(size * PEAK_OF_WEIGHTS) + PEAK_BASE, tuple(changed)))
     return tasks
 
 

@@ -232,6 +232,9 @@ def show(bundle: Bundle, tasks: Sequence[Task], records: Sequence[PlanRecord], s
         kept = f", {len(tasks) - len(new)} were up to date" if len(new) < len(tasks) else ""
         out.print(f"built {engine_count(new, tasks)} in {seconds:.0f} s, {size}{kept}", markup=False, soft_wrap=True)
         return
+    for task in tasks:
+        if task.existing is None and task.changed:
+            out.print(f"{task.key.component}: {'; '.join(task.changed)}", style="dim", markup=False, soft_wrap=True)
     size = size_text(sum(task.estimated_bytes for task in tasks if task.existing is None))
     peak = size_text(max(task.estimated_peak for task in tasks if task.existing is None))
     out.print(

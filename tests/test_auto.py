@@ -265,11 +265,11 @@ def test_without_a_driver_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -
         raise OSError(name)
 
     monkeypatch.setattr(auto.ctypes, "CDLL", absent)
-    monkeypatch.setattr(trt, "capability", lambda: pytest.fail("CuPy is imported"))
+    monkeypatch.setattr(trt, "capability", lambda *_: pytest.fail("CuPy is imported"))
     with pytest.raises(BackendError, match="no NVIDIA driver is installed"):
         auto.gpu()
     monkeypatch.setattr(auto.ctypes, "CDLL", lambda name: object())
-    monkeypatch.setattr(trt, "capability", lambda: "sm90")
+    monkeypatch.setattr(trt, "capability", lambda *_: "sm90")
     assert auto.gpu() == "sm90"
 
 

@@ -233,7 +233,7 @@ def test_exactly_what_changed_is_built_again(toy: Bundle) -> None:
     assert waiting(toy) == ["movq_encoder", "movq_decoder"]
     assert list(build(toy)) == ["movq_encoder", "movq_decoder"]
     assert waiting(toy) == []
-    # Six plans are there now, of which three are of the bundle as it was
+    # The first four, and three of the bundle as it is now
     assert len(EngineStore(toy).records()[0]) == 7
 
 
@@ -264,6 +264,18 @@ def test_options_rebuild_what_depends_on_them(
 ) -> None:
     have_all(toy, monkeypatch)
     assert waiting(toy, **options) == list(names)
+
+
+@builds
+def test_what_changed_is_named(toy: Bundle) -> None:
+    (task,) = tasks_of(toy, components=["decoder_context"])
+    assert task.changed == ()
+    build_plan(toy, task, silent)
+    assert tasks_of(toy, components=["decoder_context"])[0].changed == ()
+    (task,) = tasks_of(toy, components=["decoder_context"], gpus=["sm86"])
+    assert task.changed == ("GPUs: sm89, now sm86",)
+    (task,) = tasks_of(toy, components=["decoder_context"], settings=PlanSettings(optimization_level=2))
+    assert task.changed == ("settings: defaults, now optimization level 2",)
 
 
 @builds

@@ -411,7 +411,7 @@ def test_a_plan_of_the_layers_is_built_for_backends_that_run_plans(
     monkeypatch: pytest.MonkeyPatch, fp16_bundle: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    monkeypatch.setattr(builder, "capability", lambda: "sm89")  # builds for a GPU that is not there
+    monkeypatch.setattr(builder, "capability", lambda *_: "sm89")  # builds for a GPU that is not there
     opened: list[Bundle] = []
 
     class Silent:
