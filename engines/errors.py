@@ -5,7 +5,8 @@ KandrtError
 ├── CheckpointError     a checkpoint that is missing, damaged or of a kind that is not supported
 ├── BundleError         a bundle that is missing, damaged, incomplete or of another schema version
 ├── BackendError        an engine library that is missing, or cannot run what it was given
-│   └── MissingExtraError   a package that is not installed, with the pip line that installs it
+│   ├── MissingExtraError   a package that is not installed, with the pip line that installs it
+│   └── PlacementError      a provider that leaves nodes which compute to another
 ├── NumericalError      NaN or infinity in the output of a network, or a graph over its tolerance
 └── OutputError         something that cannot be written: exists already, not writable, disk full
 
@@ -44,6 +45,10 @@ class MissingExtraError(BackendError):
         )
         self.package = package
         self.extra = extra
+
+
+class PlacementError(BackendError):
+    """A provider of an engine library leaves nodes that compute to another provider."""
 
 
 class NumericalError(KandrtError):

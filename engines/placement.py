@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from .errors import BackendError, InputError
+from .errors import BackendError, InputError, PlacementError
 from .graph_types import whole_number_nodes
 
 Placement = Literal["fail", "warn"]
@@ -76,7 +76,7 @@ def left_out(nodes: Sequence[Placed], provider: str, whole_numbers: frozenset[st
 def check_placement(name: str, session: Any, graph: Path, provider: str, mode: Placement) -> None:
     """See that `provider` has every node of a component that computes.
 
-    Otherwise raises BackendError, or with mode "warn" logs a warning: operators, how many of each, and which.
+    Otherwise raises PlacementError, or with mode "warn" logs a warning: operators, how many of each, and which.
     """
     nodes = placed(session)
     left = left_out(nodes, provider, whole_number_nodes(graph))
@@ -88,7 +88,7 @@ def check_placement(name: str, session: Any, graph: Path, provider: str, mode: P
     where = ", ".join(sorted({node.provider for node in left}))
     message = f"{name}: {provider} has no kernels for {len(left)} of {len(nodes)} nodes, {where} has them: {listing}"
     if mode == "fail":
-        raise BackendError(f"{message}; use another backend, or accept this with option {OPTION}=warn")
+        raise PlacementError(f"{message}; use another backend, or accept this with option {OPTION}=warn")
     log.warning(message)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from ..engines.errors import KandrtError
+from ..engines.errors import KandrtError, PlacementError
 from .engine_reference import RESIDENT, WHOLE, Answers, Call, Report, Size, engine_requests
 from .reference import EMBEDS_RELATIVE, peak_signal_to_noise
 from .verify import Skipped
@@ -127,12 +127,21 @@ class Check:
     runner: Runner
     answers: Answers
     report: Report
+    named: bool = True
     worst: dict[str, tuple[float, Call]] = field(default_factory=dict)
     blamed: dict[str, WorstLayer | str] = field(default_factory=dict)
 
     def run(self, size: Size, skipped: list[Skipped]) -> list[EngineRow]:
-        """Every component, then every request; what fails by its numbers is told the layer at fault."""
-        components = [self.component(name) for name in self.bundle.manifest.components if name in self.answers.calls]
+        """Every component, then every request; what fails by its numbers is told the layer at fault.
+
+        A provider that nobody named and that does not take whole graphs is not verified, because it would not be used.
+        """
+        names = [name for name in self.bundle.manifest.components if name in self.answers.calls]
+        try:
+            components = [self.component(name) for name in names]
+        except PlacementError as error:
+            skipped.append(Skipped(f"{self.runner.backend} on {self.runner.device}", str(error)))
+            return []
         requests = self.requests(size, skipped)
         return [self.explained(row, row.what) for row in components] + [
             self.explained(row, max(sorted(self.used(row.what)), key=self.excess, default="")) for row in requests
@@ -154,6 +163,8 @@ class Check:
         try:
             errors = list(self.errors(name, calls))
         except KandrtError as error:
+            if isinstance(error, PlacementError) and not self.named:
+                raise
             return replace(empty, detail=str(error))
         all_errors = worst_of(errors)
         self.worst[name] = max(zip((error.relative for error in errors), calls, strict=True), key=lambda each: each[0])

@@ -67,7 +67,8 @@ def verify_engines(bundle: Bundle, wanted: Wanted) -> EngineFindings:
                 found.rows.append(EngineRow(kind, "reference", name, passed=False, detail=problem))
             for runner, own in zip(runners, sizes, strict=True):
                 if own == size:
-                    found.rows += Check(bundle, runner, answers, report).run(size, found.skipped)
+                    check = Check(bundle, runner, answers, report, named=wanted.backend is not None)
+                    found.rows += check.run(size, found.skipped)
     return found
 
 

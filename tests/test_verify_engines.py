@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from kandrt.engines import backends, builder, store
 from kandrt.engines.backends import BACKENDS, Backend, open_component, unusable
 from kandrt.engines.bundle import Bundle, open_bundle
-from kandrt.engines.errors import BackendError
+from kandrt.engines.errors import BackendError, PlacementError
 from kandrt.engines.manifest import FileRecord
 from kandrt.engines.plans import PlanFigures, PlanRecord, PlanSettings, plan_key
 from kandrt.engines.profiles import Coverage, component_profiles
@@ -584,6 +584,28 @@ def test_without_a_backend_those_that_cannot_run_are_named(monkeypatch: pytest.M
     monkeypatch.setattr(backends, "unusable", lambda *_: "broken")
     with pytest.raises(BackendError, match=r"nothing can run this bundle here in fp32: .*broken"):
         find_runners(open_bundle(small), Wanted(None, None, None, None), [])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_provider_that_leaves_nodes_out_fails_where_it_was_named(
+    small: Path, answers: Answers, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    def leaves_out(*_: object) -> Session:
+        raise PlacementError("2 Attention were left to the CPU")
+
+    monkeypatch.setattr(Runner, "open", leaves_out)
+    skipped: list[Any] = []
+    runner = Runner("onnxruntime-openvino", "cpu", "fp32")
+    found = Check(open_bundle(small), runner, answers, lambda _: None, named=named).run(SIZE, skipped)
+    if named:
+        assert found
+        assert not any(row.passed for row in found)
+        assert "left to the CPU" in found[0].detail
+    else:
+        assert found == []
+        assert [(each.what, each.why) for each in skipped] == [
+            ("onnxruntime-openvino on cpu", "2 Attention were left to the CPU")
+        ]
 
 
 def test_size_is_one_that_the_engines_take(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
