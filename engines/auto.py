@@ -103,7 +103,8 @@ def choose(
     choices: dict[str, Choice] = {}
     for name, found in backends.items():
         if found != AUTO:
-            place = devices[name] or next(iter(BACKENDS[found].devices))
+            named = devices[name]
+            place = next(iter(BACKENDS[found].devices)) if named is None else named
             choices[name] = Choice(name, found, place, "asked for")
     for found, place in dict.fromkeys((choice.backend, choice.device) for choice in choices.values()):
         check_backend(found, place, bundle.manifest.precision, precision)
@@ -125,6 +126,9 @@ def by_component(what: str, bundle: Bundle, value: str | Mapping[str, str] | Non
             f"{what}: the bundle has no component {', '.join(unknown)}; "
             f"it has {', '.join(known)}, and {OTHERS!r} stands for those not named"
         )
+    odd = [f"{each!r} for {name}" for name, each in value.items() if not isinstance(each, str)]
+    if odd:
+        raise InputError(f"{what}: expected names, found {', '.join(odd)}")
     return {name: value.get(name, value.get(OTHERS)) for name in known}
 
 

@@ -22,7 +22,7 @@ from .plan_worker import Event, PlanJob
 from .plans import RECORD_VERSION, Builder, PlanKey, PlanRecord, PlanSettings, differences, plan_key
 from .profiles import Coverage, check_coverage, component_profiles, default_size
 from .request import contexts
-from .store import CACHES, EngineStore, command_line, plan_record_file
+from .store import CACHES, EngineStore, command_line, command_options, plan_record_file
 from .trt import PACKAGES, capability, library, library_version, resolve_gpu
 
 # Resident memory of a build over the size of its weights: measured with TensorRT-RTX 1.7 on full-size networks.
@@ -40,7 +40,8 @@ class Task:
     """A plan that is wanted: its key, and the record of the plan that is there already, if it is.
 
     estimated_bytes is about the plan's size, estimated_peak about the memory that building it takes. changed says in
-    which parts of the key the most similar plan of the component is another; empty where there is none at all.
+    which parts of the key the most similar plan of the component is another; empty where there is none at all. options
+    are those of `kandrt build` that ask for it, GPUs and component apart.
     """
 
     key: PlanKey
@@ -48,6 +49,7 @@ class Task:
     estimated_bytes: int
     estimated_peak: int
     changed: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 def plan_work(
@@ -97,7 +99,8 @@ def plan_work(
         size = manifest.components[name].parameters * weight_bytes(manifest, name)
         others = (each.key for each in records if (each.key.component, each.key.builder) == (name, builder))
         changed = min((differences(other, key) for other in others), key=len, default=[])
-        tasks.append(Task(key, store.find(key), size, int(size * PEAK_OF_WEIGHTS) + PEAK_BASE, tuple(changed)))
+        peak = int(size * PEAK_OF_WEIGHTS) + PEAK_BASE
+        tasks.append(Task(key, store.find(key), size, peak, tuple(changed), command_options(coverage, settings)))
     return tasks
 
 
@@ -145,7 +148,9 @@ def build_plan(bundle: Bundle, task: Task, progress: Progress, timing_cache: Pat
         event = run_worker(job(bundle, key, temporary, cache_file(store, key, timing_cache)), task, progress)
         if event.figures is None:
             raise BackendError(f"{key.component}: the build ended without a result")
-        record = PlanRecord(RECORD_VERSION, key, plan_record_file(key, temporary), event.figures, event.log)
+        record = PlanRecord(
+            RECORD_VERSION, key, plan_record_file(key, temporary), event.figures, event.log, task.options
+        )
         store.add(record, temporary)
     return record
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .errors import BackendError
+from .errors import BackendError, InputError
 from .manifest import Component
 from .placement import OPTION, RECORD, Placement, check_placement, placement
 from .providers import (
@@ -38,6 +38,13 @@ CPU = "CPUExecutionProvider"
 OWN_OPTIONS = (CACHE_OPTION, OPTION)  # of a request, not passed on
 
 __all__ = ["OrtSession", "kernels", "open_session", "probe"]
+
+
+def device_index(name: str, text: str) -> int:
+    """Read the provider option device_id: which of several GPUs; InputError for what is no number."""
+    if not (text.isascii() and text.isdecimal()):
+        raise InputError(f"{name}: option device_id: expected the number of a GPU, 0 for the first, found {text!r}")
+    return int(text)
 
 
 def open_session(request: Request) -> OrtSession:
@@ -93,7 +100,7 @@ class OrtSession(ComponentSession):
         super().__init__(name, component)
         probe(backend, device)
         provider = PROVIDERS[backend, device]
-        self._memory, self._index = provider.memory, int((settings or {}).get("device_id", "0"))
+        self._memory, self._index = provider.memory, device_index(name, (settings or {}).get("device_id", "0"))
         self._session = self._open(graph, backend, device, threads, settings or {})
         if self._session.get_providers()[0] != provider.name:
             found = self._session.get_providers()[0]

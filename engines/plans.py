@@ -85,13 +85,17 @@ class PlanFigures:
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """A plan in the store: its key, its file (by its name in the store), figures, and the end of the build log."""
+    """A plan in the store: its key, its file (by its name in the store), figures, and the end of the build log.
+
+    options are those of `kandrt build` that gave it, GPUs and component apart.
+    """
 
     record_version: int
     key: PlanKey
     plan: FileRecord
     figures: PlanFigures
     log: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 def encode_record(record: PlanRecord) -> bytes:

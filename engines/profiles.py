@@ -160,14 +160,17 @@ def repeated_components(manifest: Manifest) -> frozenset[str]:
 def batch_rows(manifest: Manifest, name: str, batch: Extent) -> Extent:
     """Rows that `kandrt.runtime` gives a component for a batch of pictures.
 
-    Guidance doubles the rows of a decoder; those of the prior double once more with a negative prompt. MoVQ and the
-    image encoder run one picture at a time.
+    Guidance doubles the rows of a decoder; those of the prior's step double once more with a negative prompt. Its text
+    encoder and context take each different text once, whatever the number of pictures; MoVQ and the image encoder run
+    one picture at a time.
     """
     least, best, greatest = batch
     decoders = {name for record in manifest.decoders.values() for name in (record.context, record.step)}
     if name in decoders:
         return least, 2 * best, 2 * greatest
     prior = manifest.prior
-    if prior is not None and name in (prior.text_encoder, prior.context, prior.step):
+    if prior is not None and name in (prior.text_encoder, prior.context):
+        return 1, 2, 4 * greatest
+    if prior is not None and name == prior.step:
         return least, 2 * best, 4 * greatest
     return 1, 1, 1

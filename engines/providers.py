@@ -24,6 +24,7 @@ from .errors import BackendError, InputError, MissingExtraError
 from .manifest import Precision
 from .openvino import HINTS, OWN
 from .request import Request
+from .trt import capability
 
 CACHE_OPTION = "cache"
 Settings = Mapping[str, str]
@@ -96,9 +97,9 @@ PROVIDERS: Mapping[tuple[str, str], Provider] = {
         libraries="tensorrt",
         settings=own_options,
         cache=lambda folder: {
-            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_enable": "True",
             "trt_engine_cache_path": str(folder),
-            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_enable": "True",
             "trt_timing_cache_path": str(folder),
         },
         cached=True,
@@ -191,10 +192,7 @@ def probe(backend: str, device: str) -> None:
             f"(it has {', '.join(available)}); run: pip install 'kandrt[{device}]'"
         )
     if provider.memory == "cuda":
-        import cupy  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
-        if cupy.cuda.runtime.getDeviceCount() < 1:
-            raise BackendError(f"device {device!r}: no GPU found")
+        capability()
 
 
 def load_libraries(backend: str, package: str) -> None:

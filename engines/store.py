@@ -29,7 +29,16 @@ from .errors import BackendError, BundleError, OutputError
 from .files import atomic_write
 from .hashing import sha256_file
 from .manifest import FileRecord
-from .plans import BUILDER_REVISION, Builder, PlanKey, PlanRecord, capability_order, decode_record, encode_record
+from .plans import (
+    BUILDER_REVISION,
+    Builder,
+    PlanKey,
+    PlanRecord,
+    PlanSettings,
+    capability_order,
+    decode_record,
+    encode_record,
+)
 from .profiles import Coverage, extent_text
 from .trt import PACKAGES
 
@@ -129,7 +138,7 @@ class EngineStore:
         if found != record.plan.sha256:
             raise BundleError(
                 f"{path} is damaged: expected SHA-256 {record.plan.sha256[:16]}…, found {found[:16]}…; "
-                f"remove it, then run: {self.command(record.key)}"
+                f"remove it, then run: {self.command(record)}"
             )
         return data
 
@@ -173,16 +182,19 @@ class EngineStore:
                 found += [] if problems else [record]
         if found:
             return found
-        gpus = (capability,) if capability in PACKAGES[builder].architectures else ()
+        architectures = PACKAGES[builder].architectures
+        if capability is not None and architectures and capability not in architectures:
+            raise BackendError(f"{component}: {builder} has no engines for {capability}; use backend 'tensorrt'")
+        options = next((each.options for each in records if each.key.component == component), ())
+        command = build_command(self._bundle, builder, (capability,) if capability and architectures else (), options)
         why = f" ({'; '.join(reasons)})" if reasons else ""
-        raise BackendError(
-            f"{component}: no {builder} engine can be used here{why}; run: {build_command(self._bundle, builder, gpus)}"
-        )
+        raise BackendError(f"{component}: no {builder} engine can be used here{why}; run: {command}")
 
-    def command(self, key: PlanKey) -> str:
-        """The command that builds a plan like the one of `key`, for the bundle as it is now."""
+    def command(self, record: PlanRecord) -> str:
+        """The command that builds a plan like one of the store, for the bundle as it is now."""
+        key = record.key
         gpus = key.compute_capabilities if PACKAGES[key.builder].architectures else ()
-        return build_command(self._bundle, key.builder, gpus)
+        return build_command(self._bundle, key.builder, gpus, (*record.options, "--component", key.component))
 
     @contextmanager
     def building(self, key: PlanKey) -> Iterator[Path]:
@@ -239,11 +251,15 @@ class EngineStore:
         """Bytes of `files`."""
         return sum(path.stat().st_size for path in self.files(stem, finished=finished))
 
-    def remove(self, stem: str, *, finished: bool = True) -> int:
-        """Remove `files`; gives the bytes freed. Raises OutputError where it fails, or the key is being built."""
+    def remove(self, stem: str, *, finished: bool = True, sound: bool = True) -> int:
+        """Remove `files`; gives the bytes freed. Raises OutputError where it fails, or the key is being built.
+
+        sound: even a plan that turns out to be sound, because its build has ended since it was looked at.
+        """
         lock = self.folder / (stem + LOCK)
         try:
             with FileLock(lock, timeout=0):
+                finished = finished and (sound or not self._sound(stem))
                 freed = self.size(stem, finished=finished)
                 self._unlink(self.files(stem, finished=finished))
                 with suppress(OSError):  # Windows keeps files that are open
@@ -254,6 +270,13 @@ class EngineStore:
             why = getattr(error, "strerror", None) or error
             raise OutputError(f"cannot remove {self.folder / stem}: {why}") from error
         return freed
+
+    def _sound(self, stem: str) -> bool:
+        """Whether a key has a plan with a sound record."""
+        with suppress(BundleError):
+            self._record(self.folder / (stem + RECORD))
+            return True
+        return False
 
     def _unlink(self, paths: Sequence[Path]) -> None:
         """Remove files; OutputError where that fails."""
@@ -280,15 +303,26 @@ def plan_record_file(key: PlanKey, path: Path) -> FileRecord:
     return FileRecord(key.stem + PLAN, path.stat().st_size, sha256_file(path))
 
 
-def build_command(bundle: Bundle, builder: Builder, gpus: Sequence[str] = (), coverage: Coverage | None = None) -> str:
+def build_command(bundle: Bundle, builder: Builder, gpus: Sequence[str] = (), options: Sequence[str] = ()) -> str:
     """The command line that builds engines; for the GPU present where none is named."""
     words = ["kandrt", "build", str(bundle.folder), "--backend", builder]
     if gpus:
         words += ["--gpu", ",".join(sorted(gpus, key=capability_order))]
-    if coverage is not None:
-        words += ["--size", extent_text(coverage.size), "--batch", extent_text(coverage.batch)]
-        words += ["--static"] if coverage.static else []
-    return command_line(*words)
+    return command_line(*words, *options)
+
+
+def command_options(coverage: Sequence[Coverage], settings: PlanSettings) -> tuple[str, ...]:
+    """The options of `kandrt build` that ask for these profiles and settings."""
+    words: list[str] = []
+    for each in coverage:
+        words += ["--size", extent_text(each.size), "--batch", extent_text(each.batch)]
+    words += ["--static"] if any(each.static for each in coverage) else []
+    words += ["--weight-streaming"] if "WEIGHT_STREAMING" in settings.flags else []
+    words += ["--strip"] if "STRIP_PLAN" in settings.flags else []
+    words += [] if settings.workspace_bytes is None else ["--workspace", str(settings.workspace_bytes)]
+    if settings.optimization_level is not None:
+        words += ["--optimization-level", str(settings.optimization_level)]
+    return tuple(words)
 
 
 def command_line(*words: str) -> str:

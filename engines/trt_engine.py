@@ -109,7 +109,9 @@ class Engine:
         if "STRIP_PLAN" in record.key.settings.flags:
             self._fill(plans.graph())
         self._set_budget()
-        self._cache = JitCache(settings.cache) if library.captures else None
+        # A file for each plan: several may be open, and each writes all that it has compiled
+        own = settings.cache and settings.cache.with_name(f"{Path(record.plan.file).stem}-{settings.cache.name}")
+        self._cache = JitCache(own) if library.captures else None
 
     @property
     def streams_weights(self) -> bool:

@@ -14,11 +14,11 @@ from .caches import cache_folder
 from .cuda import Device, cupy_device
 from .errors import BackendError, InputError
 from .manifest import Component, Precision
-from .plans import Builder, PlanRecord
+from .plans import Builder, PlanRecord, PlanSettings
 from .profiles import USUAL_BATCH, Coverage, Profile, batch_rows, default_size, size_multiple
 from .request import Request
 from .session import Array, ComponentSession
-from .store import EngineStore, build_command
+from .store import EngineStore, build_command, command_options
 from .trt import capability, library, library_version, logger
 from .trt_context import Execution, Shape
 from .trt_engine import Engine, Library, Plans, Settings, out_of_memory
@@ -284,7 +284,7 @@ def open_session(request: Request) -> TrtSession:
 
     def build(axes: Mapping[str, int]) -> str:
         gpus = (gpu,) if builder == "tensorrt-rtx" else ()
-        return build_command(bundle, builder, gpus, wider(bundle, name, axes))
+        return build_command(bundle, builder, gpus, command_options([wider(bundle, name, axes)], PlanSettings()))
 
     def graph() -> Path:
         bundle.check_hashes(bundle.manifest.component_files(name))

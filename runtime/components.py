@@ -124,6 +124,9 @@ def options_by_backend(
     """
     if options is not None and not isinstance(options, Mapping):
         raise InputError(f"options: expected a mapping, found {options!r}")
+    odd = [repr(name) for name in options or () if not isinstance(name, str)]
+    if odd:
+        raise InputError(f"options: expected texts by name, found {', '.join(odd)}")
     used = list(dict.fromkeys(choice.backend for choice in choices.values()))
     given: dict[str, Any] = dict(options or {})
     nested: dict[str, dict[str, str]] = {

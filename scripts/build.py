@@ -99,7 +99,8 @@ def command(
     coverage = read_coverage(size, batch, static, default_size(opened.manifest))
     settings = read_settings(workspace, optimization_level, weight_streaming, strip)
     tasks = plan_work(
-        opened, backend, gpus=split(gpu), coverage=coverage, settings=settings, components=split(component)
+        opened, backend, gpus=split(gpu, "--gpu"), coverage=coverage, settings=settings,
+        components=split(component, "--component"),
     )  # fmt: skip
     started = time.monotonic()
     records = [] if dry_run else build(opened, tasks, timing_cache)
@@ -122,9 +123,12 @@ def check_precision(manifest: Manifest, precision: str | None) -> None:
         warn("the bundle was exported in fp32, so its engines compute in fp32; --precision fp16 at export halves them")
 
 
-def split(names: Sequence[str] | None) -> list[str]:
-    """Names given one by one or separated by commas."""
-    return [part.strip() for name in names or () for part in name.split(",") if part.strip()]
+def split(names: Sequence[str] | None, option: str) -> list[str]:
+    """Names given one by one or separated by commas; InputError for an option that was given and names nothing."""
+    found = [part.strip() for name in names or () for part in name.split(",") if part.strip()]
+    if names and not found:
+        raise InputError(f"{option}: expected a name, found {', '.join(map(repr, names))}")
+    return found
 
 
 def read_coverage(

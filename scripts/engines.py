@@ -82,8 +82,13 @@ def prune(
     removed = {stem_of(each.file): [each.problem] for each in engines.damaged}
     removed |= {each.record.key.stem: each.problems or ["--all"] for each in chosen}
     kept = {each.record.key.stem for each in engines.found if each not in chosen}
-    act = store.size if dry_run else store.remove
-    freed = sum(act(stem, finished=stem not in kept) for stem in removed)
+    certain = {each.record.key.stem for each in chosen}
+    freed = sum(
+        store.size(stem, finished=stem not in kept)
+        if dry_run
+        else store.remove(stem, finished=stem not in kept, sound=stem in certain)
+        for stem in removed
+    )
     if json:
         print_json({"bundle": str(bundle), "removed": removed, "bytes": freed, "dry_run": dry_run})
         return
@@ -130,8 +135,8 @@ def show(engines: Engines, bundle: Path) -> None:
 
     out, folder = stdout(), str(bundle)
     if not engines.found and not engines.damaged:
-        make = command_line("kandrt", "build", folder, "--backend", "tensorrt-rtx")
-        out.print(f"no engines; make some with: {make}", markup=False, soft_wrap=True)
+        make = command_line("kandrt", "build", folder, "--backend", "tensorrt-rtx", "--gpu", "sm89")
+        out.print(f"no engines; make some, for a GPU such as sm89, with: {make}", markup=False, soft_wrap=True)
         return
     out.print(engine_table(engines))
     for each in engines.damaged:

@@ -270,6 +270,8 @@ def engine_options(values: list[str] | None) -> dict[str, Any]:
         backend, dot, name = key.partition(".")
         if not equals or not key or (dot and not name):
             raise typer.BadParameter(f"expected KEY=VALUE, found {value!r}", param_hint="--option")
+        if key in BACKENDS:
+            raise typer.BadParameter(f"expected {key}.KEY=VALUE, found {value!r}", param_hint="--option")
         if dot and backend in BACKENDS:  # other keys have dots too
             found.setdefault(backend, {})[name] = text
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..engines.bundle import Bundle
     from ..engines.manifest import Manifest, Precision
-    from ..engines.plans import Builder
+    from ..engines.plans import Builder, PlanRecord
     from ..engines.profiles import Profile
 
 
@@ -118,12 +119,28 @@ def find_runners(bundle: Bundle, wanted: Wanted, skipped: list[Skipped]) -> list
 
 def no_engines(bundle: Bundle, backend: str) -> str | None:
     """What to do for a backend that runs plans and has none in this bundle."""
-    from ..engines.store import EngineStore, build_command
+    from ..engines.store import build_command
 
     builder = builder_of(backend)
-    if builder is None or any(record.key.builder == builder for record in EngineStore(bundle).records()[0]):
+    if builder is None or usable_records(bundle, builder):
         return None
     return f"{bundle.folder} has no {builder} engines; run: {build_command(bundle, builder)}"
+
+
+def usable_records(bundle: Bundle, builder: Builder) -> list[PlanRecord]:
+    """The plans of a builder that can be used with this bundle, library and GPU; of any, as far as there are none."""
+    from ..engines.store import EngineStore
+    from ..engines.trt import capability, library_version
+
+    store, version, gpu = EngineStore(bundle), library_version(builder), None
+    with suppress(BackendError):
+        gpu = capability()
+    return [
+        record
+        for record in store.records()[0]
+        if record.key.builder == builder
+        and not store.problems(record, version=record.key.library if version == "none" else version, capability=gpu)
+    ]
 
 
 def picture_size(bundle: Bundle, runner: Runner, side: int | None) -> Size:
@@ -150,13 +167,12 @@ def picture_size(bundle: Bundle, runner: Runner, side: int | None) -> Size:
 def built_size(bundle: Bundle, builder: Builder) -> Size:
     """The smallest size that the engines of every component take, wider than high where they take that too."""
     from ..engines.profiles import MAX_SIDE, latent_scale, size_multiple
-    from ..engines.store import EngineStore, build_command
+    from ..engines.store import build_command
 
     scale, multiple = latent_scale(bundle.manifest), size_multiple(bundle.manifest)
     profiles: dict[str, list[Profile]] = {}
-    for record in EngineStore(bundle).records()[0]:
-        if record.key.builder == builder:
-            profiles.setdefault(record.key.component, []).extend(record.key.profiles)
+    for record in usable_records(bundle, builder):
+        profiles.setdefault(record.key.component, []).extend(record.key.profiles)
 
     def fits(height: int, width: int) -> bool:
         axes = {

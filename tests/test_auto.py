@@ -331,8 +331,11 @@ def test_names_by_component(opened: Bundle, fake: Callable[..., Machine]) -> Non
         ("onnxruntime", {"unet": "cpu"}, "device: the bundle has no component unet; it has text_encoder"),
         ("onnxruntime", "npu", "device of backend 'onnxruntime': expected 'cpu' or 'cuda', found 'npu'"),
         ({"*": "openvino"}, {"*": "cuda"}, "device of backend 'openvino': expected 'cpu'.*, found 'cuda'"),
+        ({"movq_decoder": 3}, None, "backend: expected names, found 3 for movq_decoder"),
+        ("onnxruntime", {"movq_decoder": ["cpu"]}, r"device: expected names, found \['cpu'\] for movq_decoder"),
+        ("onnxruntime", "", "device of backend 'onnxruntime': expected 'cpu' or 'cuda', found ''"),
         (3, None, "backend: expected a name, or names by component, found 3"),
-        ({"*": 3}, None, "backend of text_encoder: expected 'onnxruntime'.*found 3"),
+        ({"*": 3}, None, r"backend: expected names, found 3 for \*"),
     ],
 )
 def test_names_that_do_not_exist_are_refused_with_those_that_do(

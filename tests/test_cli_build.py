@@ -301,6 +301,7 @@ def test_bars_on_a_terminal(
             "has no component unet; it has movq_encoder, movq_decoder, decoder_context, decoder_s",
         ),
         (("--gpu", "h100"), "--gpu h100: tensorrt-rtx builds for sm75, sm80, sm86, sm89, sm120, sm121, turing, ampere"),
+        (("--component", ""), "--component: expected a name, found ''"),
         (("--strip",), "--strip needs a GPU: no usable GPU: [none]"),
     ],
 )
@@ -328,7 +329,7 @@ def test_bundles_that_cannot_be(tmp_path: Path, toy: Bundle, fake: list[str]) ->
     result = run("build", toy.folder, *RTX)
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.search(r"^error: cannot write to .*build in a copy of it that can be written to$", result.stderr, re.M)
-    assert ok("engines", "list", toy.folder).stdout.startswith("no engines; make some with: kandrt build ")
+    assert ok("engines", "list", toy.folder).stdout.startswith("no engines; make some, for a GPU such as sm89")
 
 
 def test_a_build_that_fails_keeps_those_before_it(

@@ -260,6 +260,7 @@ def test_options_by_backend(values: list[str] | None, expected: Any) -> None:
         ("--device", "=cpu"),
         ("--option", "NUM_STREAMS"),
         ("--option", "=1"),
+        ("--option", "openvino=1"),
         ("--option", "openvino.=1"),
     ],
 )

@@ -16,6 +16,7 @@ from kandrt.engines.errors import InputError
 from kandrt.engines.profiles import (
     MAX_BATCH,
     MAX_SIDE,
+    USUAL_BATCH,
     USUAL_SIZE,
     Coverage,
     Extent,
@@ -203,6 +204,20 @@ def requests(k: Any, count: int) -> Iterator[Any]:
     yield k.decoder(embeds, height=512, width=512, steps=999, seed=0)
 
 
+def test_engines_for_several_pictures_take_one_text(fp16_bundle: Path) -> None:
+    manifest = open_bundle(fp16_bundle).manifest
+    parts: Mapping[str, Recorder] = {
+        name: Recorder(name, each.inputs, each.outputs) for name, each in manifest.components.items()
+    }
+    with load(fp16_bundle, sessions=dict(parts)) as k:
+        for _ in range(2):  # the second request has the empty text's context already
+            k("a robot", count=4, height=512, width=512, steps=1, prior_steps=1, seed=1)
+    for name, part in parts.items():
+        (profile,) = component_profiles(manifest, name, [Coverage(USUAL_SIZE, (4, 4, 4))]) or (Profile({}),)
+        assert all(profile.holds(call) for call in part.calls), f"{name}: {part.calls} are outside of {profile}"
+    assert len(parts["text_encoder"].calls) == 2
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_the_usual_profiles_hold_all_that_the_runtime_asks_for(fp16_bundle: Path, count: int) -> None:
     manifest = open_bundle(fp16_bundle).manifest
@@ -213,7 +228,7 @@ def test_the_usual_profiles_hold_all_that_the_runtime_asks_for(fp16_bundle: Path
         for _ in requests(k, count):
             pass
     for name, part in parts.items():
-        (axes,) = axis_lengths(manifest, name, Coverage(USUAL_SIZE, (1, 1, 4)))
+        (axes,) = axis_lengths(manifest, name, Coverage(USUAL_SIZE, USUAL_BATCH))
         profile = Profile(axes)
         assert part.calls, f"{name} never ran"
         outside = [call for call in part.calls if not profile.holds(call)]

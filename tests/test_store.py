@@ -26,7 +26,14 @@ from kandrt.engines.plans import (
     plan_key,
 )
 from kandrt.engines.profiles import USUAL_SIZE, Coverage, component_profiles
-from kandrt.engines.store import Damaged, EngineStore, build_command, plan_record_file, stem_of
+from kandrt.engines.store import (
+    Damaged,
+    EngineStore,
+    build_command,
+    command_options,
+    plan_record_file,
+    stem_of,
+)
 from kandrt.scripts.cli import app
 
 from .toy_bundle import change_component, export_again, make_toy_bundle, rewrite, train_again
@@ -336,7 +343,7 @@ def accepted(command: str) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("capability", ["sm89", "sm120", None, "sm90"])
+@pytest.mark.parametrize("capability", ["sm89", "sm120", None])
 def test_the_command_that_builds_anew_is_one(
     bundle: Bundle, store: EngineStore, capability: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,7 +351,7 @@ def test_the_command_that_builds_anew_is_one(
         usable(store, capability=capability)
     words = accepted(str(error.value).rpartition("; run: ")[2])
     assert words[2:5] == [str(bundle.folder), "--backend", "tensorrt-rtx"]
-    assert words[5:] == (["--gpu", capability] if capability in ("sm89", "sm120") else []), "sm90 is none of RTX's"
+    assert words[5:] == (["--gpu", capability] if capability else [])
     monkeypatch.setattr(builder_module, "library_version", lambda _builder: VERSION)
     monkeypatch.setattr(builder_module, "capability", lambda *_: "sm86")
     result = CliRunner().invoke(app, [*words[1:], "--dry-run"], env={"COLUMNS": "100"})
@@ -353,15 +360,34 @@ def test_the_command_that_builds_anew_is_one(
 
 
 def test_commands_name_all_that_was_asked_for(bundle: Bundle, store: EngineStore) -> None:
-    key = key_of(bundle, compute_capabilities=("sm86", "sm120"))
-    assert accepted(store.command(key))[5:] == ["--gpu", "sm86,sm120"]
-    assert accepted(store.command(replace(key, builder="tensorrt")))[3:] == ["--backend", "tensorrt"]
-    coverage = Coverage((512, 512, 1024), (1, 2, 4), static=True)
-    words = accepted(build_command(bundle, "tensorrt-rtx", ("sm120", "sm86"), coverage))
-    assert words[5:] == ["--gpu", "sm86,sm120", "--size", "512:512:1024", "--batch", "1:2:4", "--static"]
+    record = put(store, key_of(bundle, compute_capabilities=("sm86", "sm120")))
+    component = ["--component", record.key.component]
+    assert accepted(store.command(record))[5:] == ["--gpu", "sm86,sm120", *component]
+    proper = replace(record, key=replace(record.key, builder="tensorrt"))
+    assert accepted(store.command(proper))[3:] == ["--backend", "tensorrt", *component]
+    options = command_options([Coverage((512, 512, 1024), (1, 2, 4), static=True)], PlanSettings(optimization_level=2))
+    words = accepted(build_command(bundle, "tensorrt-rtx", ("sm120", "sm86"), options))
+    sizes = ["--size", "512:512:1024", "--batch", "1:2:4", "--static", "--optimization-level", "2"]
+    assert words[5:] == ["--gpu", "sm86,sm120", *sizes]
+    asked = accepted(store.command(replace(record, options=options)))
+    assert asked[5:] == ["--gpu", "sm86,sm120", *sizes, *component]
+
+
+def test_a_gpu_that_the_builder_does_not_know_is_named(store: EngineStore) -> None:
+    with pytest.raises(BackendError, match="tensorrt-rtx has no engines for sm90; use backend 'tensorrt'"):
+        usable(store, capability="sm90")
 
 
 # Removing
+
+
+def test_a_plan_that_was_finished_meanwhile_is_not_damaged(bundle: Bundle, store: EngineStore) -> None:
+    record = put(store, key_of(bundle))
+    (store.folder / f"{record.key.stem}.tmp").write_bytes(b"12345")
+    assert store.remove(record.key.stem, sound=False) == 5
+    assert store.find(record.key) == record
+    store.remove(record.key.stem)
+    assert store.find(record.key) is None
 
 
 def test_remove_takes_all_of_a_key(bundle: Bundle, store: EngineStore) -> None:

@@ -515,12 +515,15 @@ def test_threads_take_turns(opened: Bundle, gpu: Gpu) -> None:
 
 
 def test_compiled_kernels_are_kept_from_one_session_to_the_next(opened: Bundle, gpu: Gpu, tmp_path: Path) -> None:
-    path = tmp_path / "caches" / "a" / "prior_step.bin"
+    folder = tmp_path / "caches" / "a"
     made = plan(opened, "prior_step", WIDE, builder="tensorrt-rtx")
+    path = folder / f"{Path(made[0].plan.file).stem}-sm89.bin"  # a file for each plan
 
     def compiled() -> int:
         before = gpu.counts["compiled"]
-        trt = session(opened, "prior_step", gpu, made, builder="tensorrt-rtx", settings=Settings(cache=path))
+        trt = session(
+            opened, "prior_step", gpu, made, builder="tensorrt-rtx", settings=Settings(cache=folder / "sm89.bin")
+        )
         trt(**arrays(trt.inputs))
         trt.close()
         return gpu.counts["compiled"] - before
@@ -575,7 +578,9 @@ def test_a_component_is_opened_from_the_store(
     ):
         session(**arrays(session.inputs, batch=9))
     session.close()
-    assert [path.name for path in (copy.folder / "engines" / "caches").rglob("*.bin")] == ["sm89.bin"]
+    assert [path.name for path in (copy.folder / "engines" / "caches").rglob("*.bin")] == [
+        f"{Path(record.plan.file).stem}-sm89.bin"
+    ]
     store.path(record).write_bytes(made[record.plan.file].replace(b"sm89", b"sm90"))
     with pytest.raises(BundleError, match=r"\.plan is damaged: expected SHA-256 .* run: kandrt build"):
         opened()
