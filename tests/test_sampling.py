@@ -9,6 +9,7 @@ import array_api_strict
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from rich.console import Console
 
 from kandrt.engines.errors import InputError, NumericalError
 from kandrt.runtime.sampling import Inpaint, denoise, guided
@@ -272,7 +273,9 @@ def test_a_prediction_of_another_shape() -> None:
 # What the host does in a step
 
 
-def test_overhead_is_that_of_the_loop_itself(capsys: pytest.CaptureFixture[str]) -> None:
+def test_overhead_is_that_of_the_loop_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every stage is measured, and a step's parts are its whole; how long they take is not a matter of a test."""
     overhead.command(steps=20, json=True)
     rows = json.loads(capsys.readouterr().out)
@@ -281,6 +284,8 @@ def test_overhead_is_that_of_the_loop_itself(capsys: pytest.CaptureFixture[str])
         assert all(value >= 0 for name, value in row.items() if name != "stage")
         assert row["noise"] > 0
         assert row["inputs"] <= row["overhead"] <= row["total"]  # step by step one is a part of the next
+    wide = Console(width=200)  # on a narrow one words are broken
+    monkeypatch.setattr(overhead, "stdout", lambda: wide)
     overhead.show([overhead.Row(**row) for row in rows])
     shown = capsys.readouterr().out
     assert all(text in shown for text in (*overhead.SIZES, *overhead.TEXTS.values()))
