@@ -18,6 +18,7 @@ from . import errors
 from .bundle import Bundle
 from .errors import BackendError, InputError, KandrtError, MissingExtraError, OutputError
 from .manifest import Manifest
+from .memory import WEIGHT_BYTES
 from .plan_worker import Event, PlanJob
 from .plans import RECORD_VERSION, Builder, PlanKey, PlanRecord, PlanSettings, differences, plan_key
 from .profiles import Coverage, check_coverage, component_profiles, default_size
@@ -27,7 +28,6 @@ from .trt import PACKAGES, capability, library, library_version, resolve_gpu
 
 # Resident memory of a build over the size of its weights: measured with TensorRT-RTX 1.7 on full-size networks.
 PEAK_OF_WEIGHTS, PEAK_BASE = 3.2, 400_000_000  # bytes
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 KILLED = -9
 STDERR_TAIL = 2000  # characters
 
@@ -107,8 +107,8 @@ def plan_work(
 def weight_bytes(manifest: Manifest, component: str) -> int:
     """Bytes of most of a component's weights, each: decoders' contexts are in fp32 in any bundle."""
     if component in {record.context for record in manifest.decoders.values()}:
-        return BYTES["fp32"]
-    return BYTES[manifest.components[component].precision]
+        return WEIGHT_BYTES["fp32"]
+    return WEIGHT_BYTES[manifest.components[component].precision]
 
 
 def target_gpus(builder: Builder, gpus: Sequence[str], settings: PlanSettings) -> tuple[str, ...]:

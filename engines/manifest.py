@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
 
 Precision = Literal["fp32", "fp16", "bf16"]
+FamilyName = Literal["kandinsky-2-1", "kandinsky-2-2", "kandinsky-3"]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -80,11 +81,34 @@ class PriorRecord:
 
 
 @dataclass(frozen=True)
-class DecoderRecord:
-    """Names of the components that turn image embeddings into pictures.
+class TokenizerRecord:
+    """A Hugging Face tokenizers file and the number of tokens a prompt is padded and cut to."""
 
-    scale is the pixels a latent cell in height and width, size_multiple what height and width in pixels must be
-    divisible by, default_size the side of a picture as the checkpoint was trained for.
+    file: FileRecord
+    max_length: Annotated[int, msgspec.Meta(ge=1)]
+    pad_token_id: Annotated[int, msgspec.Meta(ge=0)]
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """What reads the prompt of a decoder that is conditioned by text: a component, and its tokenizer.
+
+    states_dim is the width of a token's state.
+    """
+
+    encoder: str
+    tokenizer: TokenizerRecord
+    states_dim: Annotated[int, msgspec.Meta(ge=1)]
+
+
+@dataclass(frozen=True)
+class DecoderRecord:
+    """Names of the components that turn image embeddings, texts or both into pictures.
+
+    embedding_dim is the width of image embeddings and None where none are taken, prompt None where no text is; scale
+    is the pixels a latent cell in height and width, size_multiple what height and width in pixels must be divisible
+    by, default_size the side of a picture as the checkpoint was trained for. scheduler is the checkpoint's own,
+    schedulers others whose configuration it brings.
     """
 
     context: str
@@ -92,19 +116,12 @@ class DecoderRecord:
     movq_encoder: str
     movq_decoder: str
     scheduler: str
-    embedding_dim: Annotated[int, msgspec.Meta(ge=1)]
+    embedding_dim: Annotated[int, msgspec.Meta(ge=1)] | None
     scale: Annotated[int, msgspec.Meta(ge=1)]
     size_multiple: Annotated[int, msgspec.Meta(ge=1)]
     default_size: Annotated[int, msgspec.Meta(ge=1)]
-
-
-@dataclass(frozen=True)
-class TokenizerRecord:
-    """A Hugging Face tokenizers file and the number of tokens a prompt is padded and cut to."""
-
-    file: FileRecord
-    max_length: Annotated[int, msgspec.Meta(ge=1)]
-    pad_token_id: Annotated[int, msgspec.Meta(ge=0)]
+    prompt: PromptRecord | None = None
+    schedulers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,11 +144,12 @@ Role = Literal["decoder", "inpaint", "controlnet"]
 class Manifest:
     """All of manifest.json.
 
-    `storage` is what weights are stored in where that is not what graphs compute in: fp16 or bf16 under fp32.
+    `tokenizer` is the prior's. `storage` is what weights are stored in where that is not what graphs compute in: fp16
+    or bf16 under fp32.
     """
 
     schema_version: int
-    family: Literal["kandinsky-2-2"]
+    family: FamilyName
     precision: Precision
     components: dict[str, Component]
     weights: dict[str, FileRecord]
@@ -151,8 +169,13 @@ class Manifest:
         records += self.weights.values()
         records += [self.prior.statistics] if self.prior else []
         records += [self.tokenizer.file] if self.tokenizer else []
+        records += [prompt.tokenizer.file for prompt in self.prompts().values()]
         records += [self.reference] if self.reference else []
         return {record.file: record for record in records}
+
+    def prompts(self) -> Mapping[str, PromptRecord]:
+        """What reads the prompts of decoders, by component."""
+        return {record.prompt.encoder: record.prompt for record in self.decoders.values() if record.prompt}
 
     def component_files(self, name: str) -> list[FileRecord]:
         """The graph and the weights of one component."""
@@ -202,11 +225,20 @@ def dangling(manifest: Manifest) -> list[str]:
         uses.append((f"{where}.scheduler", record.scheduler, manifest.schedulers))
         names = ("text_encoder", "image_encoder", "context", "step", "movq_encoder", "movq_decoder")
         uses += [(f"{where}.{n}", getattr(record, n), manifest.components) for n in names if hasattr(record, n)]
+        if isinstance(record, DecoderRecord):
+            uses += [(f"{where}.schedulers", name, manifest.schedulers) for name in record.schedulers]
+            prompt = record.prompt
+            uses += [(f"{where}.prompt.encoder", prompt.encoder, manifest.components)] if prompt else []
     problems = [f"{where} names {name!r}, which is not defined" for where, name, defined in uses if name not in defined]
     if manifest.prior is not None and (manifest.tokenizer is None or manifest.image_processor is None):
         problems.append("a prior needs tokenizer and image_processor")
     if manifest.prior is None and not manifest.decoders:
         problems.append("neither a prior nor a decoder")
+    problems += [
+        f"decoders.{role} takes neither image embeddings nor prompts"
+        for role, record in manifest.decoders.items()
+        if record.embedding_dim is None and record.prompt is None
+    ]
     return problems
 
 

@@ -137,8 +137,11 @@ def axis_lengths(manifest: Manifest, name: str, coverage: Coverage) -> list[dict
     if coverage.static and repeated:
         size = (size[1], size[1], size[1])
     cells: Extent = (size[0] // scale, size[1] // scale, size[2] // scale)
+    tokens = max((prompt.tokenizer.max_length for prompt in manifest.prompts().values()), default=1)
+    steps = {record.step for record in manifest.decoders.values()}
     sides: dict[str, Extent] = {
         "height": cells, "width": cells, "image_height": size, "image_width": size, "timesteps": MAX_TIMESTEPS,
+        "tokens": (tokens if name in steps else 1, tokens, tokens),  # the runtime pads those of a step
     }  # fmt: skip
     rows = batch_rows(manifest, name, coverage.batch)
     if coverage.static and repeated:
@@ -160,16 +163,16 @@ def repeated_components(manifest: Manifest) -> frozenset[str]:
 def batch_rows(manifest: Manifest, name: str, batch: Extent) -> Extent:
     """Rows that `kandrt.runtime` gives a component for a batch of pictures.
 
-    Guidance doubles the rows of a decoder; those of the prior's step double once more with a negative prompt. Its text
-    encoder and context take each different text once, whatever the number of pictures; MoVQ and the image encoder run
-    one picture at a time.
+    Guidance doubles the rows of a decoder; those of the prior's step double once more with a negative prompt. Text
+    encoders and the prior's context take each different text once, whatever the number of pictures; MoVQ and the image
+    encoder run one picture at a time.
     """
     least, best, greatest = batch
     decoders = {name for record in manifest.decoders.values() for name in (record.context, record.step)}
     if name in decoders:
         return least, 2 * best, 2 * greatest
     prior = manifest.prior
-    if prior is not None and name in (prior.text_encoder, prior.context):
+    if name in manifest.prompts() or (prior is not None and name in (prior.text_encoder, prior.context)):
         return 1, 2, 4 * greatest
     if prior is not None and name == prior.step:
         return least, 2 * best, 4 * greatest

@@ -23,7 +23,9 @@ from .probes import widen
 TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2}
 
 # Lengths of dynamic axes: none is that of another or that with which the graph was traced.
-AXIS_LENGTHS = {"batch": 3, "timesteps": 4, "height": 8, "width": 16, "image_height": 64, "image_width": 128}
+AXIS_LENGTHS = {
+    "batch": 3, "timesteps": 4, "tokens": 6, "height": 8, "width": 16, "image_height": 64, "image_width": 128,
+}  # fmt: skip
 MAX_TIMESTEP = 1000
 
 ADVICE: Mapping[Precision, str] = {

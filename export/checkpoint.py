@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..engines.errors import CheckpointError, InputError, MissingExtraError
+from ..engines.manifest import FamilyName, Role
+from .families import FAMILIES, Family, Part, family_of
 from .weights import weight_files
 
 INDEX = "model_index.json"
@@ -34,100 +36,6 @@ HUB_ADVICE: Mapping[str, str] = {
     "TimeoutException": UNREACHABLE,
     "HFValidationError": "this is not a hub id of the form owner/name",
 }
-
-TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-IMAGE_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A submodel that a family knows.
-
-    `name` is its key in `Checkpoint.submodels`; `alone` and `combined` are its folder's name in a checkpoint of one
-    stage and in one that holds prior and decoder; `classes` are those supported (none: any), `config` its JSON file.
-    """
-
-    name: str
-    alone: str
-    combined: str
-    classes: tuple[str, ...]
-    config: str = "config.json"
-
-
-@dataclass(frozen=True)
-class Family:
-    """Checkpoints of one generation: the parts of its stages, and pipeline classes by the stages they hold.
-
-    `unets` maps `in_channels` and `addition_embed_type` of the UNet's config to the decoder's role. A family without
-    pipelines that can be exported is known only to be refused by name.
-    """
-
-    name: str
-    title: str
-    pipelines: Mapping[str, tuple[str, ...]]
-    stages: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
-    unets: Mapping[tuple[int, str | None], str] = field(default_factory=dict)
-
-
-PRIOR, DECODER = ("prior",), ("decoder",)
-
-# A later family is supported by giving its row `stages` and `unets`.
-FAMILIES = (
-    Family(
-        "kandinsky-2-2",
-        "Kandinsky 2.2",
-        pipelines={
-            "KandinskyV22PriorPipeline": PRIOR,
-            "KandinskyV22PriorEmb2EmbPipeline": PRIOR,
-            "KandinskyV22Pipeline": DECODER,
-            "KandinskyV22Img2ImgPipeline": DECODER,
-            "KandinskyV22InpaintPipeline": DECODER,
-            "KandinskyV22ControlnetPipeline": DECODER,
-            "KandinskyV22ControlnetImg2ImgPipeline": DECODER,
-            "KandinskyV22CombinedPipeline": PRIOR + DECODER,
-            "KandinskyV22Img2ImgCombinedPipeline": PRIOR + DECODER,
-            "KandinskyV22InpaintCombinedPipeline": PRIOR + DECODER,
-        },
-        stages={
-            "prior": (
-                Part("prior", "prior", "prior_prior", ("PriorTransformer",)),
-                Part("text_encoder", "text_encoder", "prior_text_encoder", ("CLIPTextModelWithProjection",)),
-                Part("image_encoder", "image_encoder", "prior_image_encoder", ("CLIPVisionModelWithProjection",)),
-                Part("tokenizer", "tokenizer", "prior_tokenizer", TOKENIZERS, "tokenizer_config.json"),
-                Part("prior_scheduler", "scheduler", "prior_scheduler", ("UnCLIPScheduler",), "scheduler_config.json"),
-                Part(
-                    "image_processor",
-                    "image_processor",
-                    "prior_image_processor",
-                    IMAGE_PROCESSORS,
-                    "preprocessor_config.json",
-                ),
-            ),
-            "decoder": (
-                Part("unet", "unet", "unet", ("UNet2DConditionModel",)),
-                Part("movq", "movq", "movq", ("VQModel",)),
-                Part("scheduler", "scheduler", "scheduler", (), "scheduler_config.json"),
-            ),
-        },
-        unets={(4, "image"): "decoder", (9, "image"): "inpaint", (8, "image_hint"): "controlnet"},
-    ),
-    Family(
-        "kandinsky-2-1",
-        "Kandinsky 2.1",
-        pipelines={
-            "KandinskyPriorPipeline": PRIOR,
-            "KandinskyPipeline": DECODER,
-            "KandinskyImg2ImgPipeline": DECODER,
-            "KandinskyInpaintPipeline": DECODER,
-            "KandinskyCombinedPipeline": PRIOR + DECODER,
-            "KandinskyImg2ImgCombinedPipeline": PRIOR + DECODER,
-            "KandinskyInpaintCombinedPipeline": PRIOR + DECODER,
-        },
-    ),
-    Family(
-        "kandinsky-3", "Kandinsky 3", pipelines={"Kandinsky3Pipeline": DECODER, "Kandinsky3Img2ImgPipeline": DECODER}
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -154,7 +62,7 @@ class Checkpoint:
     folder: Path
     revision: str | None
     variant: str | None
-    family: str
+    family: FamilyName
     class_name: str
     submodels: Mapping[str, SubModel]
 
@@ -180,20 +88,21 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
             f"{source}: expected a checkpoint folder in diffusers' layout, found {found}; give a folder or a hub id"
         )
     class_name, family, entries = _read_index(folder, str(source))
-    submodels = {entry.part.name: _read_submodel(folder, entry, variant) for entry in entries}
+    there = [entry for entry in entries if not entry.part.optional or (folder / entry.folder).is_dir()]
+    submodels = {entry.part.name: _read_submodel(folder, entry, variant) for entry in there}
     return Checkpoint(str(source), folder, revision, variant, family.name, class_name, submodels)
 
 
-def roles(checkpoint: Checkpoint) -> tuple[str, ...]:
+def roles(checkpoint: Checkpoint) -> tuple[Literal["prior"] | Role, ...]:
     """Give what a checkpoint can do: "prior", and "decoder", "inpaint" or "controlnet" by its UNet's configuration.
 
     Raises CheckpointError for a UNet of another kind.
     """
-    family = next(family for family in FAMILIES if family.name == checkpoint.family)
-    found = ["prior"] if "prior" in checkpoint.submodels else []
+    family = family_of(checkpoint.family)
+    found: list[Literal["prior"] | Role] = ["prior"] if "prior" in checkpoint.submodels else []
     if unet := checkpoint.submodels.get("unet"):
         kind = (unet.config.get("in_channels", 4), unet.config.get("addition_embed_type"))
-        role = next((role for known, role in family.unets.items() if known == kind), None)
+        role: Role | None = next((role for known, role in family.unets.items() if known == kind), None)
         if role is None:
             expected = ", ".join(f"{known[0]} and {known[1]!r} ({role})" for known, role in family.unets.items())
             raise CheckpointError(
@@ -225,14 +134,16 @@ def _read_index(folder: Path, name: str) -> tuple[str, Family, list[_Entry]]:
     index = _read_json(folder / INDEX)
     class_name = str(index.get("_class_name"))
     family = next((family for family in FAMILIES if class_name in family.pipelines), None)
-    if family is None or not family.stages:
-        what = f"{family.title}, which is not supported yet" if family else "not a Kandinsky pipeline that is known"
-        supported = ", ".join(known for family in FAMILIES if family.stages for known in family.pipelines)
-        raise CheckpointError(f"{name}: {class_name} is {what}; supported: {supported}")
+    if family is None:
+        supported = ", ".join(known for family in FAMILIES for known in family.pipelines)
+        raise CheckpointError(f"{name}: {class_name} is not a Kandinsky pipeline that is known; supported: {supported}")
     stages = family.pipelines[class_name]
     entries, problems = [], []
     for part in (part for stage in stages for part in family.stages[stage]):
         key = part.combined if len(stages) > 1 else part.alone
+        if part.optional:  # which no index lists
+            entries.append(_Entry(part, key, "diffusers", part.classes[0]))
+            continue
         match index.get(key):
             case [str(library), str(submodel)] if not part.classes or submodel in part.classes:
                 entries.append(_Entry(part, key, library, submodel))
@@ -293,7 +204,8 @@ def fetch(repository: str, revision: str | None, variant: str | None) -> tuple[P
     except Exception as error:
         try:
             for entry in entries:
-                _read_submodel(folder, entry, variant)
+                if not entry.part.optional:
+                    _read_submodel(folder, entry, variant)
         except CheckpointError as incomplete:
             raise CheckpointError(f"{_hub_error(repository, revision, error)}; in the cache: {incomplete}") from error
         return folder, revision

@@ -82,7 +82,7 @@ class SourceNetwork:
         self.network.requires_grad_(False)
         self.weights = Weights.open(job.submodel.folder, job.variant)
         expected = {self.stored_name(name): tensor.shape for name, tensor in self.network.state_dict().items()}
-        check_names(job.submodel.class_name, expected, self.weights, kind.unused)
+        check_names(job.submodel.class_name, expected, self.weights, (*kind.unused, *kind.tied.values()))
         self.rounded: Mapping[str, torch.dtype] = {} if storage is None else self.types(storage)
 
     def types(self, precision: Precision) -> dict[str, torch.dtype]:
@@ -98,8 +98,10 @@ class SourceNetwork:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     def stored_name(self, name: str) -> str:
-        """The checkpoint's name of a tensor of the network."""
-        return name.removeprefix(self.kind.prefix)
+        """The checkpoint's name of a tensor of the network; of two tied ones the second where the first is missing."""
+        first = name.removeprefix(self.kind.prefix)
+        second = self.kind.tied.get(first, first)
+        return second if first not in self.weights.stored and second in self.weights.stored else first
 
     def read(self, name: str) -> Tensor:
         """A tensor by its name in the network, in its stored type."""

@@ -15,6 +15,7 @@ import torch
 
 from .graphs import NETWORKS
 from .modules.movq import MoVQConfig
+from .modules.multilingual_clip import MultilingualCLIPConfig
 from .weight_files import TensorToWrite
 
 # Mean and standard deviation of a tensor by name; the first that fits. Where none does: 0 and 1/sqrt(inputs of an
@@ -24,13 +25,20 @@ DISTRIBUTIONS: tuple[tuple[re.Pattern[str], float, float], ...] = (
     (re.compile(r"clip_std"), 1.0, 0.1),
     (re.compile(r"quantize\.embedding\.weight"), 0.0, 0.6),
     (re.compile(r".*(token_embedding\.weight|class_embedding|prd_embedding)"), 0.0, 0.5),
-    (re.compile(r".*position(al)?_embedding(\.weight)?"), 0.0, 0.2),
+    (re.compile(r".*position(al)?_embeddings?(\.weight)?"), 0.0, 0.2),
+    (re.compile(r".*\.(word|token_type)_embeddings\.weight"), 0.0, 0.5),
+    (re.compile(r"shared\.weight|.*\.relative_attention_bias\.weight"), 0.0, 1.0),
     # spatial norms scale by about 1, as trained ones do: by about 0, they would blow up what is left
     (re.compile(r".*\.conv_y\.bias"), 1.0, 0.1),
     (re.compile(r".*\.conv_[yb]\.weight"), 0.0, 0.1),
     (re.compile(r".*\.bias"), 0.0, 0.03),
-    (re.compile(r".*norm\w*(\.\d+)?(\.norm_layer)?\.weight"), 1.0, 0.06),
+    (re.compile(r".*(norm|LayerNorm)\w*(\.\d+)?(\.norm_layer)?\.weight"), 1.0, 0.06),
 )
+
+Change = Callable[[torch.Tensor], object]
+LATENTS = 4
+# Channels of a UNet that carry latents and their negatives: channel, latent, sign
+SIGNED = tuple((latent + (sign < 0) * LATENTS, latent, sign) for sign in (1, -1) for latent in range(LATENTS))
 
 
 def random_tensors(class_name: str, config: Mapping[str, Any], key: str, dtype: str) -> list[TensorToWrite]:
@@ -39,7 +47,7 @@ def random_tensors(class_name: str, config: Mapping[str, Any], key: str, dtype: 
     `key` is the seed: a tensor depends on it, its name and its shape alone.
     """
     shapes, positions = _shapes(class_name, config)
-    changes = noise_path(config, shapes) if class_name == "UNet2DConditionModel" else {}
+    changes = CHANGES[class_name](config, shapes) if class_name in CHANGES else {}
 
     def read(name: str) -> torch.Tensor:
         values = _random(f"{key}/{name}", name, shapes[name])
@@ -62,11 +70,18 @@ def _shapes(class_name: str, config: Mapping[str, Any]) -> tuple[dict[str, tuple
     shapes = {name.removeprefix(kind.prefix): tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if isinstance(settings, MoVQConfig):
         shapes["quantize.embedding.weight"] = settings.codebook
-    positions = {name.removeprefix(kind.prefix): ids.shape[-1] for name, ids in network.constants().items()}
+    if isinstance(settings, MultilingualCLIPConfig):
+        width = settings.hidden_size
+        shapes |= {"transformer.pooler.dense.weight": (width, width), "transformer.pooler.dense.bias": (width,)}
+    positions = {
+        name.removeprefix(kind.prefix): ids.shape[-1]
+        for name, ids in network.constants().items()
+        if name.endswith("position_ids")
+    }
     return shapes, positions
 
 
-def noise_path(config: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Callable[[torch.Tensor], object]]:
+def noise_path(config: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Change]:
     """Changes to tensors of a UNet, in place, that make it predict its own input, normalised, and a fifth of the rest.
 
     Latents at the first timestep are noise, so that a UNet has to predict about what it sees. One that does not lets
@@ -74,40 +89,85 @@ def noise_path(config: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str
     Latents and their negatives go through the first channels of conv_in, the last skip connection and its shortcut to
     conv_out, which subtracts them: silu(x) - silu(-x) = x.
     """
-    width, latents = config["block_out_channels"][0], 4
-    group = width // config["norm_num_groups"]
-    reserved = -(-2 * latents // group) * group
+    width = config["block_out_channels"][0]
+    output, reserved = _noise_output(width, config["norm_num_groups"])
     last = f"up_blocks.{len(config['block_out_channels']) - 1}.resnets."
     last += max((name.removeprefix(last).split(".")[0] for name in shapes if name.startswith(last)), key=int)
-    rows = [(i + sign * latents, i, 1 - 2 * sign) for sign in (0, 1) for i in range(latents)]
+    shortcut = f"{last}.conv_shortcut.weight"
+    skip = shapes[shortcut][1] - width
+    return output | {
+        "conv_in.weight": _wire(slice(reserved), {(row, latent, 1, 1): sign for row, latent, sign in SIGNED}),
+        shortcut: _wire(slice(reserved), {(row, skip + row): 1 for row, _, _ in SIGNED}),
+        f"{last}.conv2.weight": _wire(slice(reserved)),
+    }
 
-    def conv_in(weight: torch.Tensor) -> None:
-        weight[:reserved] = 0
-        for row, latent, sign in rows:
-            weight[row, latent, 1, 1] = sign
 
-    def shortcut(weight: torch.Tensor) -> None:
-        weight[:reserved] = 0
-        for row, _, _ in rows:
-            weight[row, weight.shape[1] - width + row] = 1
+def noise_path_3(config: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Change]:
+    """The same for Kandinsky 3, whose skip connections begin after the first halving of height and width.
+
+    So the latents of 2 x 2 cells go through 16 channels of the first level's skip connection, by way of the shortcuts
+    of its residual blocks, which are linear.
+    """
+    width, end = config["block_out_channels"][0], config["layers_per_block"] - 1
+    output, reserved = _noise_output(width // 2, config["groups"])
+    down, up = "down_blocks.0.", f"up_blocks.{len(config['block_out_channels']) - 1}."
+    first, unpack = slice(LATENTS), f"{up}resnets_in.0.shortcut_up_sample.weight"
+    skip = shapes[unpack][0] - width
+    copied = {(i, i): 1 for i in range(LATENTS)}
+    packed = [(LATENTS * (2 * y + x) + i, i, y, x) for y in (0, 1) for x in (0, 1) for i in range(LATENTS)]
+    signed = {(row, latent): sign for row, latent, sign in SIGNED}
+    # channels that a block's residual must leave alone, where they are not the latents as they came
+    kept = {f"{down}resnets_out.{end}": slice(len(packed)), f"{up}resnets_out.{end}": slice(reserved)}
+    residual = ".resnet_blocks.3.projection.weight"
+    blocks = [name.removesuffix(residual) for name in shapes if name.startswith((down, up)) and name.endswith(residual)]
+    return output | {
+        "conv_in.weight": _wire(first, {(i, i, 1, 1): 1 for i in range(LATENTS)}),
+        f"{down}resnets_in.0.shortcut_projection.weight": _wire(first, copied),
+        f"{down}resnets_out.{end}.shortcut_down_sample.weight": _wire(slice(len(packed)), dict.fromkeys(packed, 1)),
+        unpack: _wire((slice(None), first), {(skip + row, i, y, x): 1 for row, i, y, x in packed}),
+        f"{up}resnets_out.0.shortcut_projection.weight": _wire(first, copied),
+        f"{up}resnets_out.{end}.shortcut_projection.weight": _wire(slice(reserved), signed),
+        **{block + residual: _wire(kept.get(block, first)) for block in blocks},
+    }
+
+
+def _noise_output(width: int, groups: int) -> tuple[dict[str, Change], int]:
+    """Changes to a UNet's last norm and convolution that subtract SIGNED, and the number of channels set apart."""
+    group = width // groups
+    reserved = -(-len(SIGNED) // group) * group
+    used = (np.arange(reserved) < len(SIGNED)).reshape(-1, group).mean(axis=1)
 
     def norm(weight: torch.Tensor) -> None:
-        used = (np.arange(reserved) < len(rows)).reshape(-1, group).mean(axis=1)
         weight[:reserved] = weight.new_tensor(np.sqrt(used).repeat(group))
 
-    def conv_out(weight: torch.Tensor) -> None:
-        weight *= 0.2
-        weight[:, :reserved] = 0
-        for row, latent, sign in rows:
-            weight[latent, row, 1, 1] = sign
+    conv_out = _wire((slice(None), slice(reserved)), {(latent, row, 1, 1): sign for row, latent, sign in SIGNED}, 0.2)
+    return {"conv_norm_out.weight": norm, "conv_out.weight": conv_out}, reserved
 
-    return {
-        "conv_in.weight": conv_in,
-        f"{last}.conv_shortcut.weight": shortcut,
-        f"{last}.conv2.weight": lambda weight: weight[:reserved].zero_(),
-        "conv_norm_out.weight": norm,
-        "conv_out.weight": conv_out,
-    }
+
+def _wire(cleared: Any, entries: Mapping[Any, int] | None = None, scale: float = 1) -> Change:
+    """A change that scales a weight, clears a part and sets single entries."""
+
+    def change(weight: torch.Tensor) -> None:
+        weight *= scale
+        weight[cleared] = 0
+        for index, value in (entries or {}).items():
+            weight[index] = value
+
+    return change
+
+
+def unscaled_attention(config: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Change]:
+    """Changes to a T5's queries, in place: its scores are not divided by the root of a head's width, so these are."""
+    scale = 1 / math.sqrt(config["d_kv"])
+    return {name: lambda weight: weight.mul_(scale) for name in shapes if name.endswith(".SelfAttention.q.weight")}
+
+
+# Class -> changes to its random tensors, by name
+CHANGES: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Change]]] = {
+    "UNet2DConditionModel": noise_path,
+    "Kandinsky3UNet": noise_path_3,
+    "T5EncoderModel": unscaled_attention,
+}
 
 
 def _random(key: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -128,7 +188,9 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
             return mean, std
     if len(shape) < 2:
         raise ValueError(f"no distribution for {name}{list(shape)}")
-    return 0.0, 1 / math.sqrt(math.prod(shape[1:]))
+    # a transposed convolution is stored [in, out, 2, 2], and as its stride is 2 each output sees `in` numbers
+    inputs = shape[0] if name.endswith("up_sample.weight") else math.prod(shape[1:])
+    return 0.0, 1 / math.sqrt(inputs)
 
 
 def _positions(length: int) -> torch.Tensor:

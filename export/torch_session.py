@@ -92,7 +92,7 @@ class TorchSession:
         inputs = [torch.from_numpy(arrays[spec.name].copy()) for spec in self.inputs]
         try:
             with torch.no_grad(), streamed(self._network, self._tensor):
-                outputs = getattr(self._network, self._graph.method)(*inputs)
+                outputs = self._graph.call(self._network, inputs)
         except RuntimeError as error:
             raise BackendError(f"{self.name}: PyTorch failed: {error}") from error
         results = outputs if isinstance(outputs, tuple) else (outputs,)

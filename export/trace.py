@@ -45,16 +45,16 @@ class Widened(ir.LazyTensor):
 
 
 class Method(nn.Module):
-    """One method of a network as a module, as torch.export wants it."""
+    """One method of a network as a module, as torch.export wants it: its inputs in the order of the graph."""
 
-    def __init__(self, network: nn.Module, method: str) -> None:
+    def __init__(self, network: nn.Module, graph: Graph) -> None:
         super().__init__()
         self.network = network
-        self.method = method
+        self.graph = graph
 
     def forward(self, *inputs: Tensor) -> Any:
         """What the method gives."""
-        return getattr(self.network, self.method)(*inputs)
+        return self.graph.call(self.network, inputs)
 
 
 def linear_weights(network: nn.Module) -> set[str]:
@@ -70,7 +70,7 @@ def trace(network: nn.Module, graph: Graph) -> ir.Model:
     args, axes = example_inputs(graph)
     names = [spec.name for spec in graph.outputs]
     with torch.no_grad(), quiet(), without_collection():
-        program = torch.export.export(Method(network, graph.method), args, dynamic_shapes=(axes,))
+        program = torch.export.export(Method(network, graph), args, dynamic_shapes=(axes,))
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
@@ -197,7 +197,8 @@ def clean(model: ir.Model) -> None:
     from onnxscript import optimizer
 
     with quiet(), without_collection():
-        optimizer.optimize_ir(model, num_iterations=1, output_size_limit=MAX_INLINE)
+        # Its limit is in elements, of 8 bytes at most.
+        optimizer.optimize_ir(model, num_iterations=1, output_size_limit=MAX_INLINE // 8)
         passes.IdentityEliminationPass()(model)
         passes.ClearMetadataAndDocStringPass()(model)
         passes.RemoveUnusedOpsetsPass()(model)

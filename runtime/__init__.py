@@ -11,5 +11,6 @@ from .decoder import Decoder, Result
 from .embeds import Embeds
 from .pipeline import Kandinsky, load
 from .prior import Prior
+from .prompts import PromptEmbeds
 
-__all__ = ["Decoder", "Embeds", "Kandinsky", "Prior", "Result", "load"]
+__all__ = ["Decoder", "Embeds", "Kandinsky", "Prior", "PromptEmbeds", "Result", "load"]

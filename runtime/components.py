@@ -11,6 +11,7 @@ from ..engines.backends import open_component
 from ..engines.bundle import Bundle
 from ..engines.errors import BackendError, InputError, NumericalError
 from ..engines.manifest import Precision
+from ..engines.memory import check_fits
 from ..engines.session import Array, Session
 from .transfer import mover
 
@@ -81,6 +82,9 @@ class Components:
 
     def _open_component(self, name: str) -> Session:
         choice = self.choices[name]
+        if choice.device == "cpu":
+            opened = [other for other in self._open if other in self.choices and self.choices[other].device == "cpu"]
+            check_fits(self.bundle.manifest, name, opened, stages=self._memory == "stage")
         return open_component(
             self.bundle,
             name,

@@ -1,38 +1,32 @@
-"""The decoders: image embeddings to pictures, from noise, from a picture, around a mask, or along a hint."""
+"""The decoders: image embeddings, prompts or both to pictures, from noise or a picture, around a mask, along a hint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..engines.errors import BundleError, InputError
-from ..engines.manifest import DecoderRecord, Role
+from ..engines.errors import InputError
+from ..engines.manifest import DecoderRecord
 from ..engines.session import Array
 from .components import Components
 from .embeds import Embeds
-from .images import ImageLike, image_pixels, open_image, picture_size, to_array, to_pil
-from .masks import hint_pixels, latent_mask
+from .families import family_of
+from .images import ImageLike, to_array, to_pil
 from .noise import Noise
-from .prior import check_count, check_latents, check_scale, noise_source, row_noise
+from .plan import Plan, Request, make_plan, record_scheduler
+from .prior import noise_source, row_noise
+from .prompts import PromptEmbeds, PromptReader, Texts, request_texts
 from .sampling import Callback, Inpaint, check_finite, denoise
-from .schedulers import Scheduler, scheduler_from_config
 from .transfer import to_device, to_host
 
-DEFAULT_STRENGTH = 0.3
-LATENT_CHANNELS = 4
-
-# Mode -> what its UNet was trained for, and the checkpoint that has one.
-ROLES: Mapping[Role, tuple[str, str]] = {
-    "decoder": ("text-to-image and image-to-image", "kandinsky-2-2-decoder"),
-    "inpaint": ("inpainting", "kandinsky-2-2-decoder-inpaint"),
-    "controlnet": ("ControlNet", "kandinsky-2-2-controlnet-depth"),
-}
+MASKED = -10000.0  # what the graphs add to the scores of padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,58 +47,39 @@ class Result:
         return to_pil(self.array)
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A request to a decoder, checked; height and width in pixels.
-
-    pixels [N, 3, H, W] in [-1, 1] each serve an equal share of the batch; of mask [B, 1, H/8, W/8] (1 = keep) and hint
-    [B, 3, H, W] each picture has its own row.
-    """
-
-    role: Role
-    record: DecoderRecord
-    scheduler: Scheduler
-    embeds: Embeds
-    height: int
-    width: int
-    timesteps: NDArray[np.int64]
-    scale: float | None
-    pixels: NDArray[np.float32] | None
-    mask: NDArray[np.float32] | None
-    hint: NDArray[np.float32] | None
-    latents: NDArray[np.float32] | None
-
-    @property
-    def latents_shape(self) -> tuple[int, int, int, int]:
-        """[B, 4, H/8, W/8]."""
-        return len(self.embeds), LATENT_CHANNELS, self.height // self.record.scale, self.width // self.record.scale
-
-
 class Decoder:
-    """Image embeddings to pictures; the mode follows from what is given.
+    """Image embeddings, prompts or both to pictures; the mode follows from what is given.
 
     Source: diffusers 0.42.1 `KandinskyV22Pipeline`, `...Img2ImgPipeline`, `...InpaintPipeline`, `...ControlnetPipeline`
-    and `...ControlnetImg2ImgPipeline`.
+    and `...ControlnetImg2ImgPipeline`; `KandinskyPipeline`, `...Img2ImgPipeline` and `...InpaintPipeline`;
+    `Kandinsky3Pipeline` and `...Img2ImgPipeline`. What differs between them is in `runtime.families`.
     """
 
-    def __init__(self, components: Components, records: Mapping[Role, DecoderRecord]) -> None:
-        self._components, self._records = components, records
-        configs = components.bundle.manifest.schedulers
-        for record in records.values():  # a bundle with a scheduler that cannot be used is refused when it is loaded
-            scheduler_from_config(configs[record.scheduler])
+    def __init__(self, components: Components) -> None:
+        self._components, manifest = components, components.bundle.manifest
+        self._family = family_of(manifest)
+        self._readers = {name: PromptReader(components, record) for name, record in manifest.prompts().items()}
+        for record in manifest.decoders.values():  # a scheduler that cannot be used is refused when it is loaded
+            record_scheduler(components.bundle, record, None)
 
     def __call__(
         self,
-        embeds: Embeds,
+        embeds: Embeds | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: NDArray[Any] | None = None,
+        attention_mask: NDArray[Any] | None = None,
+        negative_prompt_embeds: NDArray[Any] | None = None,
+        negative_attention_mask: NDArray[Any] | None = None,
         image: ImageLike | Sequence[ImageLike] | None = None,
         mask: ImageLike | Sequence[ImageLike] | None = None,
         hint: ImageLike | Sequence[ImageLike] | None = None,
         strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        steps: int = 100,
-        guidance_scale: float = 4.0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
         count: int = 1,
         scheduler: str | None = None,
         seed: int | Sequence[int] | None = None,
@@ -112,119 +87,60 @@ class Decoder:
         latents: NDArray[Any] | None = None,
         callback: Callback | None = None,
     ) -> Result:
-        """Pictures, `count` for each of the embeddings.
+        """Pictures, `count` for each of the embeddings, or for each prompt where only that is taken.
 
-        image alone: image-to-image, going `strength` (0 to 1, default 0.3) of the way. image and mask: inpainting,
-        white is painted. hint: ControlNet, with image too for image-to-image. One picture serves the whole batch, of
-        several each an equal share of it. height, width: pixels, rounded up to a multiple of 64; by default those of
-        the hint, else of the image, else what the checkpoint was trained for. scheduler: "ddpm", "ddim", "dpmpp-2m",
-        by default the checkpoint's own. latents: the starting noise [B, 4, H/8, W/8]. seed: an int, or one a picture;
-        noise: called as noise(shape) instead, once with the shape of the latents and then as the scheduler asks.
+        embeds: of Kandinsky 2.x, what `k.prior` gives. prompt: of 2.1 beside them, each serving an equal share; of 3
+        alone, or as states (`PromptEmbeds`) with their mask. image alone: image-to-image, going `strength` (0 to 1,
+        default 0.3) of the way. image and mask: inpainting, white is painted. hint: ControlNet, with image too for
+        image-to-image. One picture serves the whole batch, of several each an equal share of it. height, width:
+        pixels, rounded up to a multiple of 64; by default those of the hint, else of the image, else what the
+        checkpoint was trained for. steps, guidance_scale: by default the family's. scheduler: "ddpm", "ddim",
+        "dpmpp-2m", by default the checkpoint's own. latents: the starting noise [B, 4, H/8, W/8]. seed: an int, or one
+        a picture; noise: called as noise(shape) instead, once with the shape of the latents and then as the scheduler
+        asks.
 
         Raises InputError for arguments that cannot be used, before any network runs; NumericalError for NaN.
         """
-        plan = self.plan(
-            embeds, image=image, mask=mask, hint=hint, strength=strength, height=height, width=width, steps=steps,
-            guidance_scale=guidance_scale, count=count, scheduler=scheduler, latents=latents,
+        request = Request(
+            embeds, prompt, negative_prompt, prompt_embeds, attention_mask, negative_prompt_embeds,
+            negative_attention_mask, image=image, mask=mask, hint=hint, strength=strength, height=height, width=width,
+            steps=steps, guidance_scale=guidance_scale, count=count, scheduler=scheduler, latents=latents,
         )  # fmt: skip
+        plan = make_plan(self._components.bundle, request)
         source = noise_source(seed, noise)
-        final = self._denoise(plan, row_noise(source, len(plan.embeds)), callback)
+        final = self._denoise(plan, row_noise(source, len(plan.conditions)), callback)
         return Result(self._decode(plan.record, final), final, source.seed)
 
-    def plan(
-        self,
-        embeds: Embeds,
-        *,
-        image: Any = None,
-        mask: Any = None,
-        hint: Any = None,
-        strength: float | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        steps: int = 100,
-        guidance_scale: float = 4.0,
-        count: int = 1,
-        scheduler: str | None = None,
-        latents: NDArray[Any] | None = None,
-    ) -> Plan:
-        """Check a request; runs no network."""
-        role, record = self._role(image, mask, hint)
-        sampler = scheduler_from_config(self._components.bundle.manifest.schedulers[record.scheduler], scheduler)
-        check_scale(guidance_scale)
-        check_count(count)
-        check_embeds(embeds, record.embedding_dim, negative=guidance_scale > 1)
-        from_image = image is not None and mask is None
-        if strength is not None and not from_image:
-            raise InputError("strength: only with image= and without mask=, where there is a picture to start from")
-        if latents is not None and from_image:
-            raise InputError("latents and image were both given; an image replaces the starting noise")
-        share = DEFAULT_STRENGTH if strength is None else strength
-        images, masks, hints = (
-            listed(name, given, len(embeds)) for name, given in (("image", image), ("mask", mask), ("hint", hint))
-        )
-        height, width = self._size(record, height, width, images, hints)
-        kept = [
-            latent_mask(each, height, width, record.scale, expected_size=own_size(of))
-            for each, of in zip(masks, cycled(images, masks), strict=True)
-        ]
-        rows = len(embeds) * count
-        plan = Plan(
-            role=role,
-            record=record,
-            scheduler=sampler,
-            embeds=embeds.repeated(count),
-            height=height,
-            width=width,
-            timesteps=sampler.timesteps(steps, share if from_image else 1.0),
-            scale=float(guidance_scale) if guidance_scale > 1 else None,
-            pixels=stacked([image_pixels(each, height, width) for each in images], len(images)),
-            mask=stacked(kept, rows),
-            hint=stacked([hint_pixels(each, height, width) for each in hints], rows),
-            latents=None,
-        )
-        return plan if latents is None else replace(plan, latents=check_latents(latents, plan.latents_shape))
+    def encode_prompt(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None
+    ) -> PromptEmbeds:
+        """States of prompts [B, N, W] for `k(**vars(states))`, cut to the longest; only of Kandinsky 3.
 
-    def _role(self, image: Any, mask: Any, hint: Any) -> tuple[Role, DecoderRecord]:
-        """Which decoder the inputs ask for."""
-        if mask is not None and image is None:
-            raise InputError("mask: inpainting needs image= too, the picture to keep the rest of")
-        if mask is not None and hint is not None:
-            raise InputError("mask and hint were both given; no Kandinsky checkpoint takes both")
-        role: Role = "inpaint" if mask is not None else "controlnet" if hint is not None else "decoder"
-        if role not in self._records:
-            purpose, checkpoint = ROLES[role]
-            has = ", ".join(ROLES[known][0] for known in self._records) or "no decoder"
-            raise BundleError(
-                f"{self._components.bundle.folder} cannot do {purpose}: it has {has}; "
-                f"export it with a checkpoint like {checkpoint} as well"
-            )
-        return role, self._records[role]
-
-    def _size(
-        self, record: DecoderRecord, height: int | None, width: int | None, images: Sequence[Any], hints: Sequence[Any]
-    ) -> tuple[int, int]:
-        """Height and width in pixels: those asked for, else of the hint, the picture, or the training."""
-        default = (record.default_size, record.default_size)
-        for picture in [*hints, *images][:1]:
-            default = own_size(picture)
-        return picture_size(
-            default[0] if height is None else height, default[1] if width is None else width, record.size_multiple
-        )
+        Raises InputError for a family whose decoder does not take them.
+        """
+        record = self._components.bundle.manifest.decoders.get("decoder")
+        if record is None or record.prompt is None or record.embedding_dim is not None:
+            raise InputError(f"encode_prompt: {self._family.title}'s decoder does not take prompt_embeds")
+        return self._readers[record.prompt.encoder].embeds(request_texts(prompt, negative_prompt, None, None))
 
     def _denoise(self, plan: Plan, draw: Noise, callback: Callback | None) -> NDArray[np.float32]:
         """The final latents [B, 4, H/8, W/8]."""
         record, components = plan.record, self._components
-        clean = None if plan.pixels is None else self._encode(record, plan.pixels, len(plan.embeds))
+        told = self._texts(plan)
+        clean = None if plan.pixels is None else self._encode(record, plan.pixels, len(plan.conditions))
         start: Array = np.asarray(draw(plan.latents_shape)) if plan.latents is None else plan.latents
         with components.stage(plan.role, record.context):
-            context = components.run(record.context, **self._context_inputs(plan))
+            context = components.run(record.context, **told, **self._context_inputs(plan))
+        if record.prompt is not None and "text_kv" in context:
+            context = padded(context, record.prompt.tokenizer.max_length)
         with components.stage(plan.role, record.step):
             step, context = components.placed(record.step, context)
             embedding, inpaint, x = context.pop("embedding"), None, start
             if clean is not None and plan.mask is not None:
-                inpaint = Inpaint(*(to_device(array, embedding) for array in (clean, plan.mask, start)))
+                latents, mask, start = (to_device(array, embedding) for array in (clean, plan.mask, start))
+                inpaint = Inpaint(latents, mask, start, self._family.pastes)
             elif clean is not None:
-                x = plan.scheduler.add_noise(clean, start, int(plan.timesteps[0]))
+                x = self._family.start(plan.scheduler, clean, start, int(plan.timesteps[0]), plan.strength)
             loop = denoise(
                 step, plan.scheduler, x, plan.timesteps, embedding, context,
                 scale=plan.scale, noise=draw, inpaint=inpaint,
@@ -234,15 +150,32 @@ class Decoder:
                     callback("decoder", done, len(plan.timesteps), x)
         return to_host(x)
 
+    def _texts(self, plan: Plan) -> dict[str, NDArray[np.float32]]:
+        """What the context graph takes of texts, [negative; positive] with guidance; nothing where it reads none."""
+        prompt, embeds, text = plan.record.prompt, plan.conditions.embeds, plan.conditions.text
+        if prompt is None or text is None:
+            return {}
+        reader = self._readers[prompt.encoder]
+        if isinstance(text, Texts) and embeds is not None:
+            encoded = reader.encoded([*(text.negative or ()), *text.positive])
+            return {name: encoded[name] for name in ("text_embeds", "text_states")}
+        found = reader.embeds(text) if isinstance(text, Texts) else text
+        states, mask = found.prompt_embeds, found.attention_mask
+        if plan.scale is not None:
+            negative = found.negatives()
+            states, mask = np.concatenate([negative[0], states]), np.concatenate([negative[1], mask])
+        return {"text_states": states, "text_mask": mask}
+
     def _context_inputs(self, plan: Plan) -> dict[str, NDArray[np.float32]]:
-        """Inputs of the context graph, [negative; positive] with guidance."""
-        embeds = plan.embeds
-        rows = [embeds.image_embeds]
-        if plan.scale is not None and embeds.negative_image_embeds is not None:
-            rows.insert(0, embeds.negative_image_embeds)
-        inputs = {"image_embeds": np.concatenate(rows), "timesteps": plan.timesteps.astype(np.float32)}
+        """What the context graph takes beside texts, [negative; positive] with guidance."""
+        inputs, embeds = {"timesteps": plan.timesteps.astype(np.float32)}, plan.conditions.embeds
+        if embeds is not None:
+            rows = [embeds.image_embeds]
+            if plan.scale is not None and embeds.negative_image_embeds is not None:
+                rows.insert(0, embeds.negative_image_embeds)
+            inputs["image_embeds"] = np.concatenate(rows)
         if plan.hint is not None:
-            inputs["hint"] = np.concatenate([plan.hint] * len(rows))
+            inputs["hint"] = np.concatenate([plan.hint] * (1 if plan.scale is None else 2))
         return inputs
 
     def _encode(self, record: DecoderRecord, pixels: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
@@ -263,49 +196,17 @@ class Decoder:
         return to_host(output)
 
 
-def listed(name: str, given: Any, batch: int) -> list[Any]:
-    """Pictures as a list, each for an equal share of the batch; InputError where their number does not divide it."""
-    if given is None:
-        return []
-    pictures = list(given) if isinstance(given, list | tuple) else [given]
-    if not pictures or batch % len(pictures):
-        raise InputError(
-            f"{name}: expected one picture, or as many as share {batch} embeddings equally, found {len(pictures)}"
-        )
-    # A mask's own mode decides what is white, and an array's own size whether it is resized.
-    return [each if name == "mask" or isinstance(each, np.ndarray) else open_image(each, name) for each in pictures]
+def padded(context: Mapping[str, Array], tokens: int) -> dict[str, Array]:
+    """The context with keys and values of at least `tokens` tokens, those that are added masked.
 
-
-def stacked(arrays: Sequence[NDArray[np.float32]], rows: int) -> NDArray[np.float32] | None:
-    """Arrays [1, ...] as one with `rows` rows, each repeated in succession; None where there is none."""
-    if not arrays:
-        return None
-    return np.repeat(np.concatenate(arrays), rows // len(arrays), axis=0)
-
-
-def cycled(pictures: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """For each of `others` the one of `pictures` that it shares rows with (its first, where there are several)."""
-    return [pictures[i * len(pictures) // len(others)] for i in range(len(others))] if pictures else []
-
-
-def own_size(picture: Image.Image | NDArray[Any]) -> tuple[int, int]:
-    """Height and width of a picture, or of an array [H, W], [H, W, C], [3, H, W] or [B, C, H, W]."""
-    if not isinstance(picture, np.ndarray):
-        return picture.height, picture.width
-    if picture.ndim not in (2, 3, 4):
-        raise InputError(f"image or hint: expected an array [H, W] or [H, W, 3], found {list(picture.shape)}")
-    channels_first = picture.ndim == 4 or (picture.ndim == 3 and picture.shape[0] == 3)
-    height, width = picture.shape[-2:] if channels_first else picture.shape[:2]
-    return int(height), int(width)
-
-
-def check_embeds(embeds: Any, dim: int, negative: bool) -> None:
-    """Raise InputError unless they are Embeds of `dim` values a row, with negative ones where those are needed."""
-    if not isinstance(embeds, Embeds):
-        found = type(embeds).__name__
-        raise InputError(f"embeds: expected what k.prior gives, or Embeds(image_embeds, ...), found {found}")
-    if embeds.image_embeds.shape[1] != dim:
-        found = embeds.image_embeds.shape[1]
-        raise InputError(f"image_embeds: this decoder takes {dim} values a picture, found {found}")
-    if negative and embeds.negative_image_embeds is None:
-        raise InputError("negative_image_embeds: needed with a guidance_scale above 1; give them, or guidance_scale=1")
+    A softmax gives them exactly nothing. So the step graph sees one shape whatever the prompt's length: that of the
+    context graph counts, whose pooling takes the mean of all tokens.
+    """
+    key_value, bias = context["text_kv"], context["attention_bias"]
+    xp, place = array_namespace(key_value), device(key_value)
+    rows, length, width = key_value.shape
+    more = max(tokens - length, 0)
+    zeros = xp.zeros((rows, more, width), dtype=key_value.dtype, device=place)
+    masked = xp.full((rows, 1, 1, more), MASKED, dtype=bias.dtype, device=place)
+    added = {"text_kv": xp.concat([key_value, zeros], axis=1), "attention_bias": xp.concat([bias, masked], axis=3)}
+    return {**context, **added}

@@ -9,17 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.errors import InputError
+from ..engines.manifest import FamilyName
 
 
 @dataclass(frozen=True, eq=False)
 class Embeds:
     """CLIP image embeddings, float32 [B, D] each; the negative ones are needed only with guidance.
 
-    May be built by hand from arrays; raises InputError for arrays that are not finite floats of equal shape.
+    `family` is that of the prior which made them, whose decoders alone take them; None where it is not known. May be
+    built by hand from arrays; raises InputError for arrays that are not finite floats of equal shape.
     """
 
     image_embeds: NDArray[np.float32]
     negative_image_embeds: NDArray[np.float32] | None = None
+    family: FamilyName | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_embeds", "negative_image_embeds"):
@@ -42,6 +45,7 @@ class Embeds:
         return Embeds(
             np.repeat(self.image_embeds, count, axis=0),
             None if negative is None else np.repeat(negative, count, axis=0),
+            self.family,
         )
 
 

@@ -11,16 +11,20 @@ from numpy.typing import NDArray
 
 from ..engines.auto import Choice
 from ..engines.bundle import open_bundle
-from ..engines.errors import BundleError
+from ..engines.errors import BundleError, InputError
 from ..engines.manifest import Manifest, Precision
 from ..engines.session import Session
 from .components import Components, Memory
 from .decoder import Decoder, Result
+from .families import family_of
 from .images import ImageLike
 from .miniature import MINIATURE
-from .noise import Noise
+from .noise import Noise, NoiseSource
+from .plan import Request, make_plan
 from .prior import Prior, check_scale, noise_source, row_noise
+from .prompts import PromptEmbeds
 from .sampling import Callback
+from .tokenizer import check_prompts
 
 
 class Kandinsky:
@@ -30,7 +34,8 @@ class Kandinsky:
         self._components = components
         manifest = components.bundle.manifest
         self._prior = None if manifest.prior is None else Prior(components, manifest.prior)
-        self._decoder = Decoder(components, manifest.decoders)
+        self._decoder = Decoder(components)
+        self._family = family_of(manifest)
 
     @property
     def manifest(self) -> Manifest:
@@ -58,7 +63,7 @@ class Kandinsky:
         if self._prior is None:
             raise BundleError(
                 f"{self._components.bundle.folder} has no prior, so it cannot read prompts; export it with a "
-                "checkpoint like kandinsky-2-2-prior as well, or pass image embeddings to the decoder"
+                f"checkpoint like {self._family.checkpoint('prior')} as well, or pass image embeddings to the decoder"
             )
         return self._prior
 
@@ -68,25 +73,35 @@ class Kandinsky:
         if not self.manifest.decoders:
             raise BundleError(
                 f"{self._components.bundle.folder} has no decoder, so it cannot make pictures; export it with a "
-                "checkpoint like kandinsky-2-2-decoder as well"
+                f"checkpoint like {self._family.checkpoint('decoder')} as well"
             )
         return self._decoder
 
+    def encode_prompt(
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None
+    ) -> PromptEmbeds:
+        """`Decoder.encode_prompt`: states that `k(**vars(states))` takes in place of the prompt; Kandinsky 3 alone."""
+        return self.decoder.encode_prompt(prompt, negative_prompt)
+
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: NDArray[Any] | None = None,
+        attention_mask: NDArray[Any] | None = None,
+        negative_prompt_embeds: NDArray[Any] | None = None,
+        negative_attention_mask: NDArray[Any] | None = None,
         image: ImageLike | Sequence[ImageLike] | None = None,
         mask: ImageLike | Sequence[ImageLike] | None = None,
         hint: ImageLike | Sequence[ImageLike] | None = None,
         strength: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        steps: int = 100,
-        guidance_scale: float = 4.0,
-        prior_steps: int = 25,
-        prior_guidance_scale: float = 4.0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        prior_steps: int | None = None,
+        prior_guidance_scale: float | None = None,
         count: int = 1,
         scheduler: str | None = None,
         seed: int | Sequence[int] | None = None,
@@ -95,27 +110,63 @@ class Kandinsky:
         latents: NDArray[Any] | None = None,
         callback: Callback | None = None,
     ) -> Result:
-        """Pictures for one prompt or several: the decoder's result on the prior's, with noise drawn in that order.
+        """Pictures for one prompt or several, `count` of each.
 
-        Arguments are those of `Prior.__call__` (prompt, negative_prompt, and the prior_ ones) and `Decoder.__call__`.
-        Source: diffusers 0.42.1 `KandinskyV22CombinedPipeline` and its image-to-image and inpainting forms; there,
-        `latents` go to the prior, which is `prior_latents` here.
+        Of Kandinsky 2.x the decoder's result on the prior's, with noise drawn in that order; of 3 the decoder's alone.
+        Arguments are those of `Prior.__call__` (prompt, negative_prompt, and the prior_ ones: by default 25 steps and a
+        scale of 4) and `Decoder.__call__`; 2.1's decoder reads the prompt too, and no negative one.
+        Source: diffusers 0.42.1 `KandinskyV22CombinedPipeline`, `KandinskyCombinedPipeline`, their image-to-image and
+        inpainting forms, and `Kandinsky3Pipeline`; in the former, `latents` go to the prior: `prior_latents` here.
 
         Raises InputError for arguments that cannot be used, before any network runs; NumericalError for NaN.
         """
-        source = noise_source(seed, noise)
+        states: dict[str, Any] = {
+            "prompt_embeds": prompt_embeds, "attention_mask": attention_mask,
+            "negative_prompt_embeds": negative_prompt_embeds, "negative_attention_mask": negative_attention_mask,
+        }  # fmt: skip
         settings: dict[str, Any] = {
             "image": image, "mask": mask, "hint": hint, "strength": strength, "height": height, "width": width,
             "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "latents": latents,
         }  # fmt: skip
-        prior, decoder = self.prior, self.decoder
-        check_scale(prior_guidance_scale, "prior_guidance_scale")
-        plan = decoder.plan(prior.placeholder(prompt, count), **settings)
-        row_noise(source, len(plan.embeds))  # the number of seeds too is checked before the prior runs
-        embeds = prior(
-            prompt, negative_prompt=negative_prompt, steps=prior_steps, guidance_scale=prior_guidance_scale,
-            count=count, noise=source, latents=prior_latents, callback=callback,
+        of_prior = {"steps": prior_steps, "guidance_scale": prior_guidance_scale, "latents": prior_latents}
+        of_prior = {name: value for name, value in of_prior.items() if value is not None}
+        source = noise_source(seed, noise)
+        if "prior" in self._family.checkpoints:
+            given = [name for name, value in states.items() if value is not None]
+            if given:
+                raise InputError(f"{' and '.join(given)}: {self._family.title} does not take them; Kandinsky 3 does")
+            return self._with_prior(check_prompts(prompt), negative_prompt, count, of_prior, settings, source, callback)
+        if of_prior:
+            named = " and ".join(f"prior_{name}" for name in of_prior)
+            raise InputError(f"{named}: {self._family.title} has no prior")
+        return self.decoder(
+            prompt=prompt, negative_prompt=negative_prompt, **states, **settings, count=count, noise=source,
+            callback=callback,
         )  # fmt: skip
+
+    def _with_prior(
+        self,
+        prompt: list[str],
+        negative_prompt: str | Sequence[str] | None,
+        count: int,
+        of_prior: Mapping[str, Any],
+        settings: dict[str, Any],
+        source: NoiseSource,
+        callback: Callback | None,
+    ) -> Result:
+        """The decoder's pictures of the prior's embeddings; the request is checked as a whole before the prior runs."""
+        prior, decoder = self.prior, self.decoder
+        check_scale(of_prior.get("guidance_scale", 1.0), "prior_guidance_scale")
+        if settings["guidance_scale"] is None:  # diffusers' combined pipelines have one default for every mode
+            settings["guidance_scale"] = self._family.guidance_scale
+        placeholder = prior.placeholder(prompt, count)
+        if any(record.prompt is not None for record in self.manifest.decoders.values()):
+            settings["prompt"] = prompt
+        make_plan(self._components.bundle, Request(placeholder, **settings))
+        row_noise(source, len(placeholder))  # the number of seeds too
+        embeds = prior(
+            prompt, negative_prompt=negative_prompt, count=count, noise=source, callback=callback, **of_prior
+        )
         return decoder(embeds, **settings, noise=source, callback=callback)
 
     def close(self) -> None:

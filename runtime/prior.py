@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ..engines.errors import BundleError, InputError
-from ..engines.manifest import PriorRecord
+from ..engines.manifest import FamilyName, PriorRecord
 from ..engines.session import Array
 from .clip_image import ImagePreprocess, clip_pixels
 from .components import Components
@@ -26,24 +25,11 @@ from .images import ImageLike
 from .noise import Noise, NoiseSource, make_noise
 from .sampling import Callback, check_finite, denoise
 from .schedulers import Scheduler, scheduler_from_config
+from .texts import TextCache
 from .tokenizer import Tokenizer, check_prompts
 from .transfer import to_host
 
-DEFAULT_STRENGTH = 0.3
-
-
-@dataclass(frozen=True, eq=False)
-class TextContext:
-    """What the step graph needs of texts: an embedding a timestep [T, C], and arrays with one row a text."""
-
-    embedding: Array
-    rows: Mapping[str, Array]
-
-    def take(self, index: Sequence[int]) -> dict[str, Array]:
-        """Rows by index, repeated as often as they are named."""
-        xp = array_namespace(self.embedding)
-        rows = xp.asarray(index, device=device(self.embedding))
-        return {name: xp.take(array, rows, axis=0) for name, array in self.rows.items()}
+DEFAULT_STEPS, DEFAULT_GUIDANCE_SCALE, DEFAULT_STRENGTH = 25, 4.0, 0.3
 
 
 class Prior:
@@ -55,12 +41,13 @@ class Prior:
     def __init__(self, components: Components, record: PriorRecord) -> None:
         self._components, self._record = components, record
         manifest = components.bundle.manifest
+        self._family: FamilyName = manifest.family
         if manifest.tokenizer is None or manifest.image_processor is None:
             raise BundleError(f"{components.bundle.folder}: the prior has no tokenizer or image_processor")
         self._preprocess = ImagePreprocess.from_config(manifest.image_processor)
         self._tokenizer_record = manifest.tokenizer
         self._scheduler: Scheduler = scheduler_from_config(manifest.schedulers[record.scheduler])
-        self._unconditional: dict[str, Array] | None = None
+        self._cache = TextCache()
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -84,8 +71,8 @@ class Prior:
         negative_prompt: str | Sequence[str] | None = None,
         image: ImageLike | Sequence[ImageLike] | None = None,
         strength: float | None = None,
-        steps: int = 25,
-        guidance_scale: float = 4.0,
+        steps: int = DEFAULT_STEPS,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
         count: int = 1,
         seed: int | Sequence[int] | None = None,
         noise: Noise | None = None,
@@ -122,14 +109,14 @@ class Prior:
         uncond = uncond * (len(texts) // len(uncond))
         x = self._sample(texts, uncond, x, timesteps, guidance_scale, draw, callback)
         if negatives is None:
-            return Embeds(x, np.repeat(self._statistics["zero_image_embeds"], len(x), axis=0))
-        return Embeds(x[: len(x) // 2], x[len(x) // 2 :])
+            return Embeds(x, np.repeat(self._statistics["zero_image_embeds"], len(x), axis=0), self._family)
+        return Embeds(x[: len(x) // 2], x[len(x) // 2 :], self._family)
 
     def placeholder(self, prompt: str | Sequence[str], count: int) -> Embeds:
         """Zeros of the shape that `self(prompt, count=count)` gives, to check what is to follow before it runs."""
         check_count(count)
         zeros = np.zeros((len(check_prompts(prompt)) * count, self._record.embedding_dim), np.float32)
-        return Embeds(zeros, zeros)
+        return Embeds(zeros, zeros, self._family)
 
     def _sample(
         self,
@@ -156,34 +143,26 @@ class Prior:
         return embeds
 
     def _context(self, texts: list[str], timesteps: NDArray[np.int64]) -> tuple[dict[str, Array], Array]:
-        """The step's inputs for `texts`: each different text runs once, the empty one once in this object's life."""
-        unique = list(dict.fromkeys(texts))
-        cached = self._unconditional if len(unique) > 1 and "" in unique else None
-        run = [text for text in unique if text != "" or cached is None]
-        tokens = self._tokenizer(run)
-        with self._components.stage("text encoder", self._record.text_encoder):
-            encoded = self._components.run(self._record.text_encoder, input_ids=tokens.input_ids)
-            for array in encoded.values():
-                check_finite(array)
-        with self._components.stage("prior", self._record.context):
-            outputs = self._components.run(
-                self._record.context,
-                **encoded,
-                text_mask=tokens.attention_mask.astype(np.float32),
-                timesteps=timesteps.astype(np.float32),
-            )
-        embedding = outputs.pop("embedding")
-        xp = array_namespace(embedding)
-        if "" in run:
-            row = run.index("")
-            # copies: a view would keep the other rows in memory too
-            self._unconditional = {
-                name: xp.asarray(array[row : row + 1, ...], copy=True) for name, array in outputs.items()
-            }
-        elif cached is not None:
-            run.append("")
-            outputs = {name: xp.concat([array, cached[name]], axis=0) for name, array in outputs.items()}
-        return TextContext(embedding, outputs).take([run.index(text) for text in texts]), embedding
+        """The step's inputs: a row for each of `texts`, and an embedding for each timestep."""
+        shared: dict[str, Array] = {}
+
+        def encode(run: list[str]) -> dict[str, Array]:
+            tokens = self._tokenizer(run)
+            with self._components.stage("text encoder", self._record.text_encoder):
+                encoded = self._components.run(self._record.text_encoder, input_ids=tokens.input_ids)
+                for array in encoded.values():
+                    check_finite(array)
+            with self._components.stage("prior", self._record.context):
+                outputs = self._components.run(
+                    self._record.context,
+                    **encoded,
+                    text_mask=tokens.attention_mask.astype(np.float32),
+                    timesteps=timesteps.astype(np.float32),
+                )
+            shared["embedding"] = outputs.pop("embedding")
+            return outputs
+
+        return self._cache(texts, encode), shared["embedding"]
 
     def interpolate(
         self,
@@ -192,8 +171,8 @@ class Prior:
         *,
         negative_prompt: str = "",
         negative_prior_prompt: str | None = None,
-        steps: int = 25,
-        guidance_scale: float = 4.0,
+        steps: int = DEFAULT_STEPS,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
         count: int = 1,
         seed: int | Sequence[int] | None = None,
         noise: Noise | None = None,
@@ -227,11 +206,11 @@ class Prior:
             total += each * np.float32(weight)
         if negative_prompt or paired:
             last = self(negative_prompt, **settings)
-            return Embeds(total, last.image_embeds if negative_prompt else last.negative_image_embeds)
+            return Embeds(total, last.image_embeds if negative_prompt else last.negative_image_embeds, self._family)
         # diffusers runs the prior for the empty prompt too and throws the result away: only its draws matter.
         for _ in range(1 + sum(map(self._scheduler.draws, self._scheduler.timesteps(steps).tolist()))):
             source((count, self._record.embedding_dim))
-        return Embeds(total, np.repeat(self._statistics["zero_image_embeds"], count, axis=0))
+        return Embeds(total, np.repeat(self._statistics["zero_image_embeds"], count, axis=0), self._family)
 
     def embed(self, image: ImageLike | Sequence[ImageLike]) -> NDArray[np.float32]:
         """CLIP embeddings [B, D] of one picture or several."""

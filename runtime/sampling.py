@@ -25,12 +25,15 @@ Callback = Callable[[str, int, int, Array], None]
 class Inpaint:
     """What inpainting keeps: clean latents and the starting noise [B, 4, H, W], mask [B, 1, H, W], 1 = keep, else 0.
 
-    Source: diffusers 0.42.1 `KandinskyV22InpaintPipeline`; there, the first picture and mask serve the whole batch.
+    With `pastes` the kept region is pasted back after every step. Source: diffusers 0.42.1
+    `KandinskyV22InpaintPipeline`, where the first picture and mask serve the whole batch, and without `pastes`
+    `KandinskyInpaintPipeline`.
     """
 
     latents: Array
     mask: Array
     noise: Array
+    pastes: bool = True
 
     def concat(self, rows: int) -> Array:
         """The UNet's additional channels for `rows`, a multiple of B: [rows, 5, H, W]."""
@@ -94,7 +97,7 @@ def denoise(
             out = step(sample=sample, embedding=row, **context)["prediction"]
             check_finite(out, f"step {i + 1} of {len(levels)} (timestep {t}): ")
             x, history = scheduler.step(guided(out, x, scale, scheduler.learned_variance), x, t, t_prev, draw, history)
-            if inpaint is not None:
+            if inpaint is not None and inpaint.pastes:
                 x = inpaint.blend(x, scheduler, t_prev)
             yield x
 

@@ -170,6 +170,11 @@ SCHEDULERS: Mapping[str, SchedulerKind] = {
 }
 
 
+def scheduler_of(config: Mapping[str, Any]) -> str | None:
+    """The name of the sampler that a scheduler_config.json is for; None for one that is not known."""
+    return next((key for key, kind in SCHEDULERS.items() if kind.diffusers == config.get("_class_name")), None)
+
+
 def scheduler_from_config(config: Mapping[str, Any], name: str | None = None) -> Scheduler:
     """The sampler that a diffusers scheduler_config.json describes, or another one on the same noise schedule.
 
@@ -178,7 +183,7 @@ def scheduler_from_config(config: Mapping[str, Any], name: str | None = None) ->
     prior's configuration (UnCLIPScheduler) makes only "unclip", which no other makes.
     Raises InputError for a name that the configuration cannot make, BundleError for what it holds and is not supported.
     """
-    own = next((key for key, kind in SCHEDULERS.items() if kind.diffusers == config.get("_class_name")), None)
+    own = scheduler_of(config)
     if own is None:
         known = ", ".join(kind.diffusers for kind in SCHEDULERS.values())
         raise BundleError(f"scheduler config: _class_name is {config.get('_class_name')!r}; supported: {known}")

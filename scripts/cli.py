@@ -37,7 +37,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example:\n\nkandrt export kandinsky-2-2-prior kandinsky-2-2-decoder -o my-bundle\n\n"
-    'kandrt generate my-bundle "a robot, 4k photo" -o robot.png',
+    'kandrt generate my-bundle "a robot, 4k photo" -o robot.png\n\n'
+    "Likewise Kandinsky 2.1 (kandinsky-2-1-prior, kandinsky-2-1) and Kandinsky 3 (kandinsky-3).",
 )
 
 

@@ -8,9 +8,9 @@ import re
 import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 
 from ..engines.errors import MissingExtraError
+from ..engines.memory import machine_memory
 from .console import Json, print_json, size_text, stdout, table
 
 USAGE = ""
@@ -19,6 +19,7 @@ EXAMPLE = "kandrt doctor"
 # Packages that are not imported by their own name.
 MODULES = {
     "pillow": "PIL",
+    "protobuf": "google.protobuf",
     "onnxruntime-gpu": "onnxruntime",
     "cupy-cuda13x": "cupy",
     "tensorrt-rtx-cu13": "tensorrt_rtx",
@@ -32,7 +33,6 @@ EXTRAS = (
 REQUIREMENT = re.compile(
     r"(?P<name>[\w.-]+)\s*>=\s*(?P<least>[\w.]+)(\s*;\s*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"])?"
 )
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def diagnose() -> Diagnosis:
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory=memory(),
+        memory=machine_memory(),
         packages=packages,
         devices=devices,
         can_generate=bool(usable),
@@ -156,11 +156,15 @@ def module(package: str) -> str:
 
 def missing(extra: str) -> list[str]:
     """Packages of an extra that cannot be imported."""
-    return [
-        package.name
-        for package in known_packages()
-        if package.extra == extra and find_spec(module(package.name)) is None
-    ]
+    return [package.name for package in known_packages() if package.extra == extra and not importable(package.name)]
+
+
+def importable(package: str) -> bool:
+    """Whether a package is there, without importing it."""
+    try:
+        return find_spec(module(package)) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def need(extra: str, feature: str) -> None:
@@ -186,18 +190,6 @@ def known_devices() -> list[Device]:
             computes = [] if problem else [str(precision) for precision in precisions(name, device)]
             devices.append(Device(name, device, backend.installed(), problem, computes))
     return devices
-
-
-def memory() -> int | None:
-    """Bytes of memory that this process may use: the machine's, or less in a container."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-    try:
-        return min(total, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):
-        return total
 
 
 def by_name(packages: list[Package]) -> list[tuple[Package, str]]:

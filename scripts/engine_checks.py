@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from ..engines.errors import KandrtError, PlacementError
 from .engine_reference import RESIDENT, WHOLE, Answers, Call, Report, Size, engine_requests
-from .reference import EMBEDS_RELATIVE, peak_signal_to_noise
-from .verify import Skipped
+from .reference import EMBEDS_RELATIVE, Skipped, peak_signal_to_noise
 from .worst_layer import WorstLayer, find_worst_layer
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..engines.errors import BackendError, KandrtError, MissingExtraError
+from ..engines.memory import gigabytes, machine_memory, weights_memory
 from .reference import (
     MODES,
     NEGATIVE_PROMPT,
@@ -18,8 +19,10 @@ from .reference import (
     PROMPT,
     SEED,
     STEPS,
+    conditions,
     drawn_embeds,
     inputs,
+    paints_prompts,
     picture_embeds,
     request_names,
     rows,
@@ -171,7 +174,16 @@ class OnHost:
 
 @contextmanager
 def reference_session(bundle: Bundle, name: str) -> Iterator[Session]:
-    """A component in fp32 under ONNX Runtime on the CPU, with its weights as they are stored."""
+    """A component in fp32 under ONNX Runtime on the CPU, with its weights as they are stored.
+
+    Raises BackendError where its weights in fp32 exceed this machine, and where it cannot be converted to fp32.
+    """
+    needed, limit = weights_memory(bundle.manifest, [name], "fp32"), machine_memory()
+    if limit is not None and needed > limit:
+        raise BackendError(
+            f"{name}: its weights in fp32 take {gigabytes(needed)}, and this machine has {gigabytes(limit)}; "
+            "verify it on a machine with more"
+        )
     with tempfile.TemporaryDirectory() as folder:
         if bundle.manifest.precision != "fp32":
             bundle = widened(bundle, name, Path(folder))
@@ -262,15 +274,16 @@ def reference_answers(bundle: Bundle, size: Size, report: Report) -> Answers:
 
 def engine_request_names(manifest: Manifest) -> list[str]:
     """What `engine_requests` asks of a bundle."""
-    whole = manifest.prior is not None and "decoder" in manifest.decoders
-    return [*request_names(manifest), *([WHOLE] if whole else [])]
+    whole = [WHOLE] if manifest.prior is not None and paints_prompts(manifest) else []
+    return [*request_names(manifest), *whole]
 
 
 def engine_requests(k: Kandinsky, size: Size, answers: Mapping[str, Float32]) -> dict[str, Callable[[], Float32]]:
     """The requests by name, for pictures of a size.
 
     Decoders are given the embeddings that the prior made in `answers`, by when they run: under an engine too those of
-    the reference, so that their pictures tell of them alone. WHOLE goes all the way from the prompt.
+    the reference, so that their pictures tell of them alone. WHOLE goes all the way from the prompt; where there is no
+    prior on that way, text-to-image does.
     """
 
     def embeds(dim: int) -> Embeds:
@@ -280,8 +293,8 @@ def engine_requests(k: Kandinsky, size: Size, answers: Mapping[str, Float32]) ->
 
     def picture(role: Role, names: tuple[str, ...]) -> Float32:
         given = {name: value for name, value in inputs(*size).items() if name in names}
-        known = embeds(k.manifest.decoders[role].embedding_dim)
-        return k.decoder(known, **given, height=size[0], width=size[1], steps=STEPS, seed=SEED).array
+        given |= conditions(k.manifest.decoders[role], embeds)
+        return k.decoder(**given, height=size[0], width=size[1], steps=STEPS, seed=SEED).array
 
     def whole() -> Float32:
         return k(

@@ -59,6 +59,15 @@ def command(
 
     A bundle holds the networks as graphs beside their weights; making pictures with it needs no PyTorch. It appears
     when it is complete: after an error or Ctrl-C nothing is left of it.
+
+    Published checkpoints, of which a bundle takes any of one family, are, each after kandinsky-community/:
+
+    Kandinsky 2.1: kandinsky-2-1-prior, kandinsky-2-1, kandinsky-2-1-inpaint
+
+    Kandinsky 2.2: kandinsky-2-2-prior, kandinsky-2-2-decoder, kandinsky-2-2-decoder-inpaint,
+    kandinsky-2-2-controlnet-depth
+
+    Kandinsky 3: kandinsky-3
     """
     need("export", "kandrt export")
     from ..export.output import check_output

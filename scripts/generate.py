@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..engines.errors import OutputError
+from ..engines.errors import InputError, OutputError
+from .clock import STAGES, Clock, clock
 from .console import Json, log, print_json, stderr, stdout, warn, warnings_in_line
 from .inspect import schedulers
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from ..engines.auto import Choice
     from ..engines.manifest import Manifest, Role
     from ..runtime import Result
@@ -32,73 +28,6 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 # Stands for the components that an option does not name; as in engines.auto.
 OTHERS = "*"
-
-# Stages in order, as the progress bars name them; the last has no steps.
-STAGES = {"prior": "prior", "decoder": "decoder", "movq": "picture"}
-
-
-@dataclass
-class Stage:
-    """When a stage began and ended, in seconds of `time.monotonic`, and how its steps went."""
-
-    began: float
-    first_step: float = 0.0
-    last: float = 0.0
-    steps: int = 0
-
-    @property
-    def rate(self) -> float | None:
-        """Steps a second, the first apart: it is the one that opens the networks."""
-        if self.steps < 2 or self.last <= self.first_step:
-            return None
-        return (self.steps - 1) / (self.last - self.first_step)
-
-    @property
-    def rate_text(self) -> str:
-        """The rate for people, "" where there is none."""
-        return "" if self.rate is None else f"{self.rate:.{0 if self.rate >= 100 else 2}f} steps/s"
-
-
-@dataclass
-class Clock:
-    """Measures the stages of one request from its callbacks, and shows them where a display is given."""
-
-    progress: Progress | None = None
-    stages: dict[str, Stage] = field(default_factory=dict)
-    tasks: dict[str, Any] = field(default_factory=dict)
-
-    def begin(self, name: str) -> None:
-        """A stage begins, and with it the one before is over."""
-        self.stages[name] = Stage(time.monotonic())
-        if self.progress is not None:
-            self.tasks[name] = self.progress.add_task(STAGES[name], total=None, steps="", rate="")
-
-    def step(self, name: str, done: int, total: int, _: Any) -> None:
-        """A step is done; `runtime.sampling.Callback`."""
-        stage, now = self.stages[name], time.monotonic()
-        stage.first_step, stage.last, stage.steps = stage.first_step or now, now, done
-        if self.progress is not None:
-            self.progress.update(
-                self.tasks[name], completed=done, total=total, steps=f"{done}/{total}", rate=stage.rate_text
-            )
-        if done == total:
-            names = list(STAGES)
-            self.begin(names[names.index(name) + 1])
-
-    def end(self) -> None:
-        """The last stage is over."""
-        name, stage = list(self.stages.items())[-1]
-        stage.last = time.monotonic()
-        if self.progress is not None:
-            self.progress.update(self.tasks[name], completed=1, total=1)
-
-    def timings(self) -> dict[str, float | None]:
-        """Seconds a stage and in all, opening the networks included, and steps a second."""
-        stages = self.stages.items()
-        seconds = {f"{name}_seconds": round(stage.last - stage.began, 3) for name, stage in stages}
-        rates = {f"{name}_steps_per_second": stage.rate for name, stage in stages if stage.steps}
-        began = min(stage.began for _, stage in stages)
-        return {**seconds, **rates, "seconds": round(max(stage.last for _, stage in stages) - began, 3)}
 
 
 def command(
@@ -139,10 +68,24 @@ def command(
         ),
     ] = None,
     width: Annotated[int | None, typer.Option(help="In pixels, as --height.", show_default=False)] = None,
-    steps: Annotated[int, typer.Option(help="Steps of the decoder.")] = 100,
-    guidance_scale: Annotated[float, typer.Option(help="How closely to follow the prompt; 1 is no guidance.")] = 4.0,
-    prior_steps: Annotated[int, typer.Option(help="Steps of the prior.")] = 25,
-    prior_guidance_scale: Annotated[float, typer.Option(help="As --guidance-scale, for the prior.")] = 4.0,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of the decoder; by default 100, or 25 with Kandinsky 3.", show_default=False),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="How closely to follow the prompt; 1 is no guidance; by default 4, or 3 with Kandinsky 3.",
+            show_default=False,
+        ),
+    ] = None,
+    prior_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of the prior, which Kandinsky 3 does not have; by default 25.", show_default=False),
+    ] = None,
+    prior_guidance_scale: Annotated[
+        float | None, typer.Option(help="As --guidance-scale, for the prior; by default 4.", show_default=False)
+    ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="ddpm, ddim or dpmpp-2m; by default the checkpoint's own.", show_default=False)
     ] = None,
@@ -190,8 +133,8 @@ def command(
 ) -> None:
     """Make pictures of a prompt.
 
-    The mode follows from what is given: a prompt alone, --image (image-to-image), --image and --mask (inpainting), or
-    --hint (ControlNet). A picture keeps its prompt, seed and settings as metadata.
+    The mode follows from what is given: a prompt alone, --image (image-to-image), --image and --mask (inpainting;
+    Kandinsky 2.1 and 2.2), or --hint (ControlNet; 2.2). A picture keeps its prompt, seed and settings as metadata.
     """
     bundle, prompt = split_words(words)
     check_output(output)
@@ -208,11 +151,13 @@ def command(
     }  # fmt: skip
     log.debug("%s: %r with %s, %s", bundle, prompt, settings, engines)
     from ..runtime import load
+    from ..runtime.families import family_of
 
     with warnings_in_line(), clock() as measured:
-        measured.begin("prior")
         with load(bundle, **engines, precision=precision, memory=memory, threads=threads) as k:
             tell(k.choices)
+            settings |= defaults(k.manifest, settings)
+            measured.begin("prior" if "prior" in family_of(k.manifest).checkpoints else "decoder")
             result = k(prompt, **settings, callback=measured.step)
             manifest, engine = k.manifest, {"backend": backends(k.choices), "precision": k.precision}
             log.debug("opened %s", ", ".join(k.opened))
@@ -240,6 +185,29 @@ def split_words(words: list[str]) -> tuple[Path | None, str]:
     if os.path.isfile(os.path.join(words[0], "manifest.json")):  # noqa: PTH113, PTH118  # a prompt may be no path
         raise typer.BadParameter(f"{words[0]} is a bundle; a prompt is needed too", param_hint="PROMPT")
     return None, words[0]
+
+
+def defaults(manifest: Manifest, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the settings was not given and has a default with this bundle: a picture's metadata names it too.
+
+    InputError for settings of a prior with a family that has none.
+    """
+    from ..runtime.families import family_of
+    from ..runtime.plan import DEFAULT_STRENGTH
+    from ..runtime.prior import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
+
+    family = family_of(manifest)
+    found: dict[str, Any] = {"steps": family.steps, "guidance_scale": family.guidance_scale}
+    if settings["image"] is not None and settings["mask"] is None:
+        found["strength"] = DEFAULT_STRENGTH
+    if "prior" in family.checkpoints:
+        found |= {"prior_steps": DEFAULT_STEPS, "prior_guidance_scale": DEFAULT_GUIDANCE_SCALE}
+    else:
+        given = [name for name in ("prior_steps", "prior_guidance_scale") if settings[name] is not None]
+        if given:
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{options}: {family.title} has no prior; leave it out")
+    return {name: value for name, value in found.items() if settings[name] is None}
 
 
 def by_component(option: str, values: list[str] | None, default: str | None) -> str | dict[str, str] | None:
@@ -307,22 +275,6 @@ def check_output(output: Path) -> None:
         raise OutputError(
             f"{output}: the folder {output.parent} cannot be written to: {error.strerror or error}"
         ) from error
-
-
-@contextmanager
-def clock() -> Iterator[Clock]:
-    """A clock with a bar for each stage on a terminal, without elsewhere."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    if not stderr().is_terminal:
-        yield Clock()
-        return
-    columns = (
-        SpinnerColumn(finished_text="[green]✓[/]"), TextColumn("{task.description:8}"), BarColumn(),
-        TextColumn("{task.fields[steps]:>7} {task.fields[rate]:>14}"), TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=stderr(), transient=True) as progress:
-        yield Clock(progress)
 
 
 def tell(choices: Mapping[str, Choice]) -> None:

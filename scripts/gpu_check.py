@@ -21,6 +21,7 @@ from ..engines.files import atomic_write
 from ..runtime import load
 from ..runtime.miniature import MINIATURE
 from .console import FAILED, guarded, print_json, stderr, stdout
+from .reference import paints_prompts
 
 BUILDERS = ("tensorrt", "tensorrt-rtx")
 BACKENDS = (*BUILDERS, "onnxruntime")
@@ -186,7 +187,7 @@ def checks_of(bundle: Path, steps: int) -> list[Check]:
     for backend in BACKENDS:
         verify = [*KANDRT, "verify", path, "--engines", "--backend", backend, "--device", "cuda", "--json"]
         checks.append(Check(f"{bundle.name}: verify {backend}", verify, as_json=True, only=backend))
-        if manifest.prior is None or not side:
+        if not paints_prompts(manifest):
             continue
         for graph in ("true", "false") if backend in BUILDERS else ("auto",):
             measure = [sys.executable, "-m", "kandrt.scripts.gpu_check", path, "--measure", backend,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..engines.bundle import Bundle
-    from ..engines.manifest import Component, Manifest
+    from ..engines.manifest import Component, DecoderRecord, Manifest, PriorRecord
+    from ..runtime.families import Stage
 
 USAGE = "BUNDLE"
 EXAMPLE = "kandrt inspect my-bundle --check"
@@ -38,8 +39,8 @@ def command(
         manifest = opened.manifest
         size, can = total_size(manifest), modes(manifest)
         print_json(
-            {"bundle": str(bundle), "size": size, "modes": can, "checked": check, "manifest": manifest}
-            | {"engines": engines_of(opened)}
+            {"bundle": str(bundle), "size": size, "modes": can, "stages": stages(manifest), "memory": memory(manifest)}
+            | {"checked": check, "manifest": manifest, "engines": engines_of(opened)}
         )
     else:
         show(opened, check)
@@ -58,19 +59,56 @@ def total_size(manifest: Manifest) -> int:
 
 def modes(manifest: Manifest) -> list[str]:
     """What a bundle can do."""
-    from ..runtime.decoder import ROLES
+    from ..runtime.families import PURPOSES
 
     prior = ["text to embeddings", "embeddings from a picture", "interpolation"] if manifest.prior else []
-    return prior + [ROLES[role][0] for role in manifest.decoders]
+    return prior + [PURPOSES[role] for role in manifest.decoders]
 
 
-def schedulers(manifest: Manifest, role: str) -> tuple[str, list[str]]:
-    """The scheduler that a role uses unless another is asked for, and those it can be asked for."""
-    from ..runtime.schedulers import SCHEDULERS
+def stages(manifest: Manifest) -> dict[Stage, dict[str, Any]]:
+    """Of each stage that a bundle has: what it takes, its schedulers, and of these the checkpoint's own."""
+    found: dict[Stage, dict[str, Any]] = {}
+    for stage, record in records(manifest).items():
+        own, others = schedulers(manifest, record.scheduler)
+        further = [schedulers(manifest, name)[0] for name in getattr(record, "schedulers", ())]
+        found[stage] = {"takes": takes(record), "schedulers": [own, *others], "own_schedulers": [own, *further]}
+    return found
 
-    class_name = manifest.schedulers[role].get("_class_name")
-    own = next((name for name, kind in SCHEDULERS.items() if kind.diffusers == class_name), str(class_name))
+
+def records(manifest: Manifest) -> dict[Stage, PriorRecord | DecoderRecord]:
+    """The stages that a bundle has."""
+    found: dict[Stage, PriorRecord | DecoderRecord] = {} if manifest.prior is None else {"prior": manifest.prior}
+    found.update(manifest.decoders.items())
+    return found
+
+
+def takes(record: PriorRecord | DecoderRecord) -> list[str]:
+    """What a stage is told to make something of."""
+    from ..engines.manifest import PriorRecord
+
+    if isinstance(record, PriorRecord):
+        return ["prompt", "picture"]
+    embeds = [] if record.embedding_dim is None else ["embeddings"]
+    return embeds if record.prompt is None else [*embeds, "prompt"]
+
+
+def schedulers(manifest: Manifest, name: str) -> tuple[str, list[str]]:
+    """The scheduler of a configuration in the manifest, and those that can be asked for in its place."""
+    from ..runtime.schedulers import SCHEDULERS, scheduler_of
+
+    config = manifest.schedulers[name]
+    own = scheduler_of(config) or str(config.get("_class_name"))
     return own, [] if own == "unclip" else [name for name in SCHEDULERS if name not in ("unclip", own)]
+
+
+def memory(manifest: Manifest) -> dict[str, int]:
+    """Bytes of memory that the weights take, by the mode of `kandrt generate --memory`."""
+    from ..engines.memory import weights_memory
+
+    return {
+        "keep": weights_memory(manifest, manifest.components),
+        "stage": max(weights_memory(manifest, [name]) for name in manifest.components),
+    }
 
 
 def show(bundle: Bundle, checked: bool) -> None:
@@ -83,8 +121,19 @@ def show(bundle: Bundle, checked: bool) -> None:
     out.print(str(bundle.folder), markup=False, soft_wrap=True)
     out.print()
     out.print(role_table(manifest))
+    told = {stage: " and ".join(facts["takes"]) for stage, facts in stages(manifest).items() if stage != "prior"}
+    for what in dict.fromkeys(told.values()):
+        if what != "embeddings":  # as in most families
+            by = ", ".join(stage for stage in told if told[stage] == what)
+            out.print(f"{by}: conditioned by {what}", style="dim")
     out.print()
     out.print(component_table(manifest))
+    needed = memory(manifest)
+    out.print(
+        f"weights in memory: {size_text(needed['keep'])}, "
+        f"a network at a time {size_text(needed['stage'])} (--memory stage)",
+        style="dim",
+    )
     out.print()
     sources = table("made from", "revision", "kind")
     for source in manifest.sources:
@@ -108,20 +157,16 @@ def show(bundle: Bundle, checked: bool) -> None:
 
 def role_table(manifest: Manifest) -> Table:
     """What the bundle can do and cannot, and with which schedulers."""
-    from ..runtime.decoder import ROLES
+    from ..runtime.families import PURPOSES, family_of
 
-    made = table("role", "can do", "scheduler", "or")
-    if manifest.prior:
-        own, others = schedulers(manifest, manifest.prior.scheduler)
-        made.add_row("prior", "read prompts and pictures", own, ", ".join(others))
-    else:
-        made.add_row("prior", "no; needs kandinsky-2-2-prior", style="dim")
-    for role, (purpose, checkpoint) in ROLES.items():
-        if role in manifest.decoders:
-            own, others = schedulers(manifest, manifest.decoders[role].scheduler)
-            made.add_row(role, purpose, own, ", ".join(others))
+    made, known = table("role", "can do", "scheduler", "or"), stages(manifest)
+    for stage, checkpoint in family_of(manifest).checkpoints.items():
+        if stage in known:
+            own, *others = known[stage]["schedulers"]
+            listed = [f"{name} (own)" if name in known[stage]["own_schedulers"] else name for name in others]
+            made.add_row(stage, PURPOSES[stage], own, ", ".join(listed))
         else:
-            made.add_row(role, f"no; needs {checkpoint}", style="dim")
+            made.add_row(stage, f"no; needs {checkpoint}", style="dim")
     return made
 
 

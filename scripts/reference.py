@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..engines.manifest import Manifest, Precision, Role
+    from ..engines.manifest import DecoderRecord, Manifest, Precision, Role
     from ..engines.session import Session
     from ..runtime import Embeds, Kandinsky
 
@@ -62,6 +62,14 @@ class Row:
     relative: float | None = None
     psnr: float | None = None
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was not verified, and why."""
+
+    what: str
+    why: str
 
 
 def make_reference(folder: Path, sessions: Mapping[str, Session]) -> dict[str, Float32]:
@@ -123,33 +131,48 @@ def request_names(manifest: Manifest) -> list[str]:
     return names + [mode for role in manifest.decoders for mode in MODES[role]]
 
 
+def paints_prompts(manifest: Manifest) -> bool:
+    """Whether a bundle has all of the way from a prompt to a picture."""
+    decoder = manifest.decoders.get("decoder")
+    return decoder is not None and (decoder.embedding_dim is None or manifest.prior is not None)
+
+
 def requests(k: Kandinsky) -> dict[str, Callable[[], Float32]]:
     """The requests that a bundle can be asked, by name, in the order of `request_names`.
 
-    Decoders are given what the prior makes of the prompt where there is a prior, else embeddings from a fixed seed.
+    Decoders that take embeddings are given what the prior makes of the prompt where there is a prior, else embeddings
+    from a fixed seed.
     """
     manifest = k.manifest
     known: list[Embeds] = []
 
-    def embeds(record: Any) -> Embeds:
+    def embeds(dim: int) -> Embeds:
         if not known:
-            known.append(text_embeds(k) if manifest.prior else drawn_embeds(record.embedding_dim))
+            known.append(text_embeds(k) if manifest.prior else drawn_embeds(dim))
         return known[0]
 
     def picture(role: Role, names: tuple[str, ...]) -> Float32:
         record = manifest.decoders[role]
         height, width = record.size_multiple, 2 * record.size_multiple
         given = {name: value for name, value in inputs(height, width).items() if name in names}
-        return k.decoder(embeds(record), **given, height=height, width=width, steps=STEPS, seed=SEED).array
+        given |= conditions(record, embeds)
+        return k.decoder(**given, height=height, width=width, steps=STEPS, seed=SEED).array
 
     made: dict[str, Callable[[], Float32]] = {}
     if manifest.prior:
-        made["prior"] = lambda: rows(embeds(manifest.prior))
+        dim = manifest.prior.embedding_dim
+        made["prior"] = lambda: rows(embeds(dim))
         made["prior from picture"] = lambda: rows(picture_embeds(k))
     for role in manifest.decoders:
         for mode, names in MODES[role].items():
             made[mode] = lambda role=role, names=names: picture(role, names)  # type: ignore[misc]
     return made
+
+
+def conditions(record: DecoderRecord, embeds: Callable[[int], Embeds]) -> dict[str, Any]:
+    """What a decoder is told to paint: `embeds` of the width that it takes, prompts, or both."""
+    told: dict[str, Any] = {} if record.embedding_dim is None else {"embeds": embeds(record.embedding_dim)}
+    return told if record.prompt is None else told | {"prompt": PROMPT, "negative_prompt": NEGATIVE_PROMPT}
 
 
 def text_embeds(k: Kandinsky) -> Embeds:

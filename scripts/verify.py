@@ -8,38 +8,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..engines.errors import BackendError, BundleError, CheckpointError, InputError, KandrtError
+from ..engines.errors import BackendError, BundleError, InputError, KandrtError
+from .checkpoint_networks import Reference, find_references
 from .console import FAILED, Json, pieces, print_json, size_text, stdout, table
-from .doctor import missing, need, pip_line
+from .doctor import need
 from .engine_reference import OnHost
 from .inspect import check_files, total_size
-from .reference import Row, check_reference, load_reference, make_reference, request_names, stored_name
+from .reference import Row, Skipped, check_reference, load_reference, make_reference, request_names, stored_name
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from ..engines.bundle import Bundle
-    from ..engines.manifest import Manifest, Source
+    from ..engines.manifest import Manifest
     from ..engines.session import Session
-    from ..export.checkpoint import Checkpoint
-    from ..export.torch_session import TorchSession
     from .verify_engines import EngineFindings
 
 USAGE = "BUNDLE"
 EXAMPLE = "kandrt verify my-bundle --checkpoint kandinsky-2-2-prior --checkpoint kandinsky-2-2-decoder"
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """What was not verified, and why."""
-
-    what: str
-    why: str
 
 
 @dataclass
@@ -73,14 +64,6 @@ class Target:
         except BackendError as error:
             return str(error)
         return None
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A graph under PyTorch, and the axes whose lengths must be divisible by a number."""
-
-    session: TorchSession
-    multiples: Mapping[str, int]
 
 
 def command(
@@ -191,75 +174,6 @@ def check_hashes(bundle: Bundle) -> Row:
 
 
 # Graphs
-
-
-def find_references(
-    bundle: Bundle, checkpoints: Sequence[str], versions: tuple[str | None, str | None], skipped: list[Skipped]
-) -> dict[str, Reference]:
-    """PyTorch sessions by component, of the checkpoints given or else of those that the manifest names.
-
-    Raises CheckpointError for a checkpoint given that cannot be used; one that only the manifest names is skipped.
-    """
-    lacking = missing("export")
-    if lacking:
-        skipped.append(Skipped("graphs against PyTorch", f"not installed: {', '.join(lacking)}; {pip_line('export')}"))
-        return {}
-    from ..export.checkpoint import open_checkpoint
-
-    revision, variant = versions
-    found: dict[str, Reference] = {}
-    for name in checkpoints:
-        found = references_of(bundle, open_checkpoint(name, revision, variant)) | found
-    for source in bundle.manifest.sources if not checkpoints else ():
-        with skip(f"graphs of {source.checkpoint}", skipped):
-            found = (
-                references_of(bundle, open_checkpoint(local_folder(source), None, variant or source.variant)) | found
-            )
-    return found
-
-
-@contextmanager
-def skip(what: str, skipped: list[Skipped]) -> Iterator[None]:
-    """Note a checkpoint that cannot be used instead of failing."""
-    try:
-        yield
-    except CheckpointError as error:
-        skipped.append(Skipped(what, f"{error}; give it with --checkpoint"))
-
-
-def local_folder(source: Source) -> Path:
-    """Where a checkpoint lies; CheckpointError where it is not on this machine: verifying is no reason to download."""
-    if source.revision is None:
-        return Path(source.checkpoint)
-    from ..export.checkpoint import cached
-
-    return cached(source.checkpoint, source.revision)
-
-
-def references_of(bundle: Bundle, checkpoint: Checkpoint) -> dict[str, Reference]:
-    """PyTorch sessions of a checkpoint by the bundle's names; CheckpointError where the bundle has no use for it."""
-    from ..export.checkpoint import roles
-    from ..export.exporter import network_sources
-
-    records: dict[str, Any] = {"prior": bundle.manifest.prior} | {
-        str(k): v for k, v in bundle.manifest.decoders.items()
-    }
-    unused = [role for role in roles(checkpoint) if records.get(role) is None]
-    if unused:
-        has = ", ".join(role for role, record in records.items() if record is not None)
-        raise CheckpointError(f"{checkpoint.name} is a checkpoint for {', '.join(unused)}; {bundle.folder} has {has}")
-    decoder = next((role for role in roles(checkpoint) if role != "prior"), None)
-    found = {}
-    for submodel, network in network_sources(checkpoint, bundle.manifest.storage).items():
-        record = records[decoder if decoder and submodel in ("unet", "movq") else "prior"]
-        fields = {
-            key: key if submodel in ("unet", "prior") else f"{submodel}_{key}".rstrip("_") for key in network.graphs
-        }
-        network.job = replace(network.job, components={key: getattr(record, name) for key, name in fields.items()})
-        sessions = network.sessions()
-        for key, component in network.job.components.items():
-            found[component] = Reference(sessions[component], network.graphs[key].multiples)
-    return found
 
 
 def check_graphs(

@@ -11,8 +11,8 @@ from ..engines.errors import BackendError, InputError
 from .console import pieces, stdout, table
 from .engine_checks import LEVELS, Check, EngineRow, Kind, Runner, builder_of
 from .engine_reference import Size, engine_request_names, reference_answers
-from .reference import Row
-from .verify import Skipped, check_hashes, number
+from .reference import Row, Skipped
+from .verify import check_hashes, number
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Small checkpoints and one bundle made from all of them, shared by all tests and by all workers of a run."""
+"""Small checkpoints and a bundle of each family made from them, shared by all tests and by all workers of a run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ KINDS = {
     "inpaint": "kandinsky-2-2-decoder-inpaint",
     "controlnet": "kandinsky-2-2-controlnet-depth",
     "combined": "kandinsky-2-2-combined",
+    "prior-2-1": "kandinsky-2-1-prior",
+    "decoder-2-1": "kandinsky-2-1",
+    "inpaint-2-1": "kandinsky-2-1-inpaint",
+    "combined-2-1": "kandinsky-2-1-combined",
+    "decoder-3": "kandinsky-3",
 }
 
 # Nothing here may reach the network: a hub id in a test is a mistake.
@@ -58,6 +63,23 @@ def bundle(shared: Path, checkpoints: dict[str, Path]) -> Path:
 
     sources = [checkpoints[role] for role in ("prior", "decoder", "inpaint", "controlnet")]
     return once(shared / "bundle", lambda path: export_bundle(sources, path))
+
+
+@pytest.fixture(scope="session")
+def bundle_2_1(shared: Path, checkpoints: dict[str, Path]) -> Path:
+    """One fp32 bundle of Kandinsky 2.1's prior and both decoders, exported with checks."""
+    from kandrt.export.exporter import export_bundle
+
+    sources = [checkpoints[role] for role in ("prior-2-1", "decoder-2-1", "inpaint-2-1")]
+    return once(shared / "bundle-2-1", lambda path: export_bundle(sources, path))
+
+
+@pytest.fixture(scope="session")
+def bundle_3(shared: Path, checkpoints: dict[str, Path]) -> Path:
+    """One fp32 bundle of Kandinsky 3, exported with checks."""
+    from kandrt.export.exporter import export_bundle
+
+    return once(shared / "bundle-3", lambda path: export_bundle([checkpoints["decoder-3"]], path))
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,20 @@ PIPELINES: Mapping[str, str] = {
     "KandinskyV22ControlnetImg2ImgPipeline": "controlnet",
     "KandinskyV22CombinedPipeline": "combined",
     "KandinskyV22Img2ImgCombinedPipeline": "combined",
+    "KandinskyPriorPipeline": "prior-2-1",
+    "KandinskyPipeline": "decoder-2-1",
+    "KandinskyImg2ImgPipeline": "decoder-2-1",
+    "KandinskyInpaintPipeline": "inpaint-2-1",
+    "KandinskyCombinedPipeline": "combined-2-1",
+    "KandinskyImg2ImgCombinedPipeline": "combined-2-1",
+    "Kandinsky3Pipeline": "decoder-3",
+    "Kandinsky3Img2ImgPipeline": "decoder-3",
+}
+
+# Pipelines that no folder holds -> those that their parts come from: the prior's and the decoder's.
+ASSEMBLED: Mapping[str, tuple[str, str]] = {
+    "KandinskyV22InpaintCombinedPipeline": ("KandinskyV22PriorPipeline", "KandinskyV22InpaintPipeline"),
+    "KandinskyInpaintCombinedPipeline": ("KandinskyPriorPipeline", "KandinskyInpaintPipeline"),
 }
 
 # kandrt's arguments that have another name in diffusers.
@@ -50,6 +64,10 @@ NAMES = {
     "prior_latents": "latents",
     "mask": "mask_image",
 }
+
+# kandrt's arguments that are arrays, and tensors in diffusers.
+STATES = ("prompt_embeds", "attention_mask", "negative_prompt_embeds", "negative_attention_mask")
+TENSORS = ("latents", "prior_latents", "hint", *STATES)
 
 
 class SeededNoise:
@@ -86,7 +104,8 @@ def injected(noise: Callable[[tuple[int, ...]], F32]) -> Iterator[None]:
 @functools.cache
 def pipeline(name: str, folder: Path) -> Any:
     """A diffusers pipeline, loaded once a process."""
-    return quiet(getattr(diffusers, name).from_pretrained(folder))
+    # the configuration of Kandinsky 3's text encoder asks for bfloat16
+    return quiet(getattr(diffusers, name).from_pretrained(folder, dtype=torch.float32))
 
 
 def quiet(pipe: Any) -> Any:
@@ -95,35 +114,37 @@ def quiet(pipe: Any) -> Any:
 
 
 class Oracle:
-    """diffusers' pipelines on small checkpoints, called with kandrt's arguments."""
+    """diffusers' pipelines on small checkpoints, called with kandrt's arguments; `dim` is that of image embeddings."""
 
-    def __init__(self, checkpoints: Mapping[str, Path]) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: Mapping[str, Path], dim: int = 32) -> None:
+        self.checkpoints, self.dim = checkpoints, dim
 
     def pipeline(self, name: str) -> Any:
         """The pipeline of this class name."""
-        if name != "KandinskyV22InpaintCombinedPipeline":
+        if name not in ASSEMBLED:
             return pipeline(name, self.checkpoints[PIPELINES[name]])
-        prior = self.pipeline("KandinskyV22PriorPipeline").components
-        parts = self.pipeline("KandinskyV22InpaintPipeline").components
+        prior, parts = (self.pipeline(each).components for each in ASSEMBLED[name])
         return quiet(getattr(diffusers, name)(**parts, **{f"prior_{part}": module for part, module in prior.items()}))
 
     def embeds(self, *prompts: str, negative: bool = True) -> Embeds:
         """Distinct embeddings, one a prompt, of the size of real ones; not what the prior makes of them."""
-        rows = [np.random.default_rng([len(p), *p.encode()]).standard_normal((2, 32), np.float32) for p in prompts]
+        shape = 2, self.dim
+        rows = [np.random.default_rng([len(p), *p.encode()]).standard_normal(shape, np.float32) for p in prompts]
         image, other = np.stack(rows, axis=1)
         return Embeds(image, other if negative else None)
 
     def __call__(self, name: str, noise: Callable[[tuple[int, ...]], F32] | None = None, **arguments: Any) -> Any:
         """What the pipeline gives: pictures float32 [B, H, W, 3], or Embeds of a prior.
 
-        `arguments` are kandrt's; Embeds and arrays become tensors. A scheduler's class replaces the pipeline's.
+        `arguments` are kandrt's; Embeds and arrays become tensors. A scheduler, or the name of its class, replaces the
+        pipeline's.
         """
         pipe, scheduler = self.pipeline(name), arguments.pop("scheduler", None)
         method = getattr(pipe, arguments.pop("method", "__call__"))
         own = pipe.scheduler
         if scheduler is not None:
-            pipe.scheduler = getattr(diffusers, scheduler).from_config(own.config)
+            named = isinstance(scheduler, str)
+            pipe.scheduler = getattr(diffusers, scheduler).from_config(own.config) if named else scheduler
         if "Prior" not in name:
             arguments = {"output_type": "np", **arguments}
         try:
@@ -150,7 +171,7 @@ def as_diffusers(arguments: Mapping[str, Any]) -> dict[str, Any]:
             negative = value.negative_image_embeds
             # diffusers takes None here only without guidance
             result["negative_image_embeds"] = None if negative is None else torch.from_numpy(negative)
-        elif name in ("latents", "prior_latents", "hint"):
+        elif name in TENSORS and value is not None:
             result[NAMES.get(name, name)] = torch.from_numpy(value)
         else:
             result[NAMES.get(name, name)] = value

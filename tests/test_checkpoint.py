@@ -18,6 +18,8 @@ from kandrt.scripts.random_checkpoint import make_checkpoint
 
 PRIOR = {"prior", "text_encoder", "image_encoder", "tokenizer", "prior_scheduler", "image_processor"}
 DECODER = {"unet", "movq", "scheduler"}
+PROMPT = {"prompt_encoder", "prompt_tokenizer"}
+DECODER_2_1 = DECODER | PROMPT
 COMMIT = "9ae140d3" * 5
 
 
@@ -52,13 +54,18 @@ def edit(file: Path, **changes: Any) -> None:
         ("kandinsky-2-2-controlnet-depth", DECODER, ("controlnet",)),
         ("kandinsky-2-2-combined", PRIOR | DECODER, ("prior", "decoder")),
         ("kandinsky-2-2-combined-inpaint", PRIOR | DECODER, ("prior", "inpaint")),
+        ("kandinsky-2-1-prior", PRIOR, ("prior",)),
+        ("kandinsky-2-1", DECODER_2_1 | {"ddpm_scheduler"}, ("decoder",)),
+        ("kandinsky-2-1-inpaint", DECODER_2_1, ("inpaint",)),
+        ("kandinsky-2-1-combined", PRIOR | DECODER_2_1 | {"ddpm_scheduler"}, ("prior", "decoder")),
+        ("kandinsky-3", DECODER | PROMPT, ("decoder",)),
     ],
 )
 def test_submodels_have_one_name_whichever_folder_holds_them(
     kind: str, names: set[str], does: tuple[str, ...], made: Callable[[str], Path]
 ) -> None:
     checkpoint = open_checkpoint(made(kind))
-    assert checkpoint.family == "kandinsky-2-2"
+    assert kind.startswith(checkpoint.family)
     assert checkpoint.revision is None
     assert checkpoint.submodels.keys() == names
     assert roles(checkpoint) == does
@@ -67,17 +74,23 @@ def test_submodels_have_one_name_whichever_folder_holds_them(
         assert checkpoint.submodels["prior_scheduler"].config["_class_name"] == "UnCLIPScheduler"
         assert checkpoint.submodels["prior"].folder.name == ("prior_prior" if "unet" in names else "prior")
     if "unet" in names:
-        assert checkpoint.submodels["scheduler"].config["_class_name"] == "DDPMScheduler"
-        assert checkpoint.submodels["unet"].config["out_channels"] == 8
+        own = "DDIMScheduler" if checkpoint.family == "kandinsky-2-1" else "DDPMScheduler"
+        assert checkpoint.submodels["scheduler"].config["_class_name"] == own
+    if "ddpm_scheduler" in names:
+        assert checkpoint.submodels["ddpm_scheduler"].config["variance_type"] == "learned_range"
+    if "prompt_encoder" in names:
+        assert checkpoint.submodels["prompt_encoder"].folder.name == "text_encoder"
 
 
-def test_what_diffusers_saves_is_read_back(made: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["kandinsky-2-2-combined", "kandinsky-2-1-combined", "kandinsky-3"])
+def test_what_diffusers_saves_is_read_back(kind: str, made: Callable[[str], Path], tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(made("kandinsky-2-2-combined"))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(made(kind))
     pipeline.save_pretrained(tmp_path / "saved")
-    saved, original = open_checkpoint(tmp_path / "saved"), open_checkpoint(made("kandinsky-2-2-combined"))
+    saved, original = open_checkpoint(tmp_path / "saved"), open_checkpoint(made(kind))
     assert roles(saved) == roles(original)
-    for name in ("prior", "text_encoder", "image_encoder", "unet", "movq"):
+    networks = {"prior", "text_encoder", "image_encoder", "unet", "movq"} & original.submodels.keys()
+    for name in networks:
         shapes = Weights.open(saved.submodels[name].folder).shapes
         assert shapes == Weights.open(original.submodels[name].folder).shapes
 
@@ -94,10 +107,8 @@ def test_what_a_decoder_can_do_follows_from_its_unet(class_name: str, decoder: P
 @pytest.mark.parametrize(
     ("class_name", "reason"),
     [
-        ("KandinskyPriorPipeline", r"Kandinsky 2\.1, which is not supported yet"),
-        ("KandinskyInpaintCombinedPipeline", r"Kandinsky 2\.1, which is not supported yet"),
-        ("Kandinsky3Img2ImgPipeline", "Kandinsky 3, which is not supported yet"),
         ("StableDiffusionPipeline", "not a Kandinsky pipeline"),
+        ("Kandinsky5T2VPipeline", "not a Kandinsky pipeline"),
         (["KandinskyV22Pipeline"], "not a Kandinsky pipeline"),
     ],
 )
@@ -107,6 +118,22 @@ def test_other_pipelines_are_refused_by_name(class_name: object, reason: str, de
         open_checkpoint(str(decoder))
     assert str(class_name) in str(caught.value)
     assert "KandinskyV22CombinedPipeline" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "expected"),
+    [("KandinskyPipeline", "text_encoder: expected"), ("Kandinsky3Pipeline", "unet: expected Kandinsky3UNet, found")],
+)
+def test_the_index_of_another_family_says_what_is_missing(class_name: str, expected: str, decoder: Path) -> None:
+    edit(decoder / "model_index.json", _class_name=class_name)
+    with pytest.raises(CheckpointError, match=f"of a {class_name}: .*{expected}"):
+        open_checkpoint(decoder)
+
+
+def test_a_scheduler_that_the_index_does_not_list_may_be_absent(made: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(made("kandinsky-2-1"), tmp_path / "decoder")
+    shutil.rmtree(folder / "ddpm_scheduler")
+    assert open_checkpoint(folder).submodels.keys() == DECODER_2_1
 
 
 def break_index(folder: Path, **changes: Any) -> None:
@@ -207,6 +234,23 @@ def test_only_what_is_needed_is_fetched_from_the_hub(hub: Hub) -> None:
     assert set(hub.revisions[1:]) == {COMMIT}  # a push in between cannot mix two revisions
 
 
+def test_tokenizer_files_shards_and_the_unlisted_scheduler_are_fetched(
+    hub: Hub, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    hub.repository = Path(shutil.copytree(made("kandinsky-2-1"), tmp_path / "hub"))
+    tokenizer, encoder = hub.repository / "tokenizer", hub.repository / "text_encoder"
+    (tokenizer / "sentencepiece.bpe.model").touch()
+    (encoder / "model.safetensors").rename(encoder / "model-00001-of-00001.safetensors")
+    names = Weights.open(made("kandinsky-2-1") / "text_encoder").shapes
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (encoder / "model.safetensors.index.json").write_text(json.dumps(index))
+    open_checkpoint("owner/name")
+    assert {"sentencepiece.bpe.model", "tokenizer.json"} < hub.fetched("tokenizer")
+    assert hub.fetched("ddpm_scheduler") == {"scheduler_config.json"}
+    shards = {"model.safetensors.index.json", "model-00001-of-00001.safetensors"}
+    assert hub.fetched("text_encoder") == {"config.json", *shards}
+
+
 def test_the_variant_asked_for_is_fetched_where_there_is_one(hub: Hub) -> None:
     (hub.repository / "unet/diffusion_pytorch_model.fp16.safetensors").touch()
     checkpoint = open_checkpoint("owner/name", variant="fp16")
@@ -216,8 +260,8 @@ def test_the_variant_asked_for_is_fetched_where_there_is_one(hub: Hub) -> None:
 
 
 def test_a_kind_that_is_not_supported_costs_no_download(hub: Hub) -> None:
-    edit(hub.repository / "model_index.json", _class_name="Kandinsky3Pipeline")
-    with pytest.raises(CheckpointError, match="owner/name: Kandinsky3Pipeline is Kandinsky 3"):
+    edit(hub.repository / "model_index.json", _class_name="StableDiffusionPipeline")
+    with pytest.raises(CheckpointError, match="owner/name: StableDiffusionPipeline is not a Kandinsky pipeline"):
         open_checkpoint("owner/name")
     assert hub.fetched() == {"model_index.json"}
 

@@ -22,6 +22,8 @@ from typer.testing import CliRunner, Result
 from kandrt.engines.backends import BACKENDS
 from kandrt.engines.bundle import open_bundle
 from kandrt.engines.manifest import decode_manifest
+from kandrt.runtime.families import FAMILIES
+from kandrt.runtime.miniature import MINIATURE
 from kandrt.scripts import console, doctor
 from kandrt.scripts.cli import app
 
@@ -205,6 +207,41 @@ def test_inspect_shows_parts_and_abilities(bundle: Path) -> None:
     assert all(word in result.stdout for word in words)
 
 
+def test_inspect_tells_families_apart(bundle_2_1: Path, bundle_3: Path) -> None:
+    shown = run("inspect", bundle_2_1).stdout
+    assert "conditioned by" not in run("inspect", MINIATURE).stdout
+    assert re.search(r"^decoder +text-to-image and image-to-image +ddim +ddpm \(own\), dpmpp-2m$", shown, re.MULTILINE)
+    assert "decoder, inpaint: conditioned by embeddings and prompt\n" in shown
+    assert "ControlNet" not in shown
+    shown = run("inspect", bundle_3).stdout
+    assert "decoder: conditioned by prompt\n" in shown
+    assert re.findall(r"^(prior|decoder|inpaint|controlnet) ", shown, re.MULTILINE) == ["decoder"]
+
+
+@pytest.mark.parametrize("family", ["bundle", "bundle_2_1", "bundle_3"])
+def test_inspect_json_says_what_stages_take_and_what_memory_they_need(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(family)
+    found, manifest = json.loads(run("inspect", folder, "--json").stdout), open_bundle(folder).manifest
+    parameters = [component.parameters for component in manifest.components.values()]
+    assert found["memory"] == {"keep": 4 * sum(parameters), "stage": 4 * max(parameters)}  # fp32: 4 bytes each
+    takes = {
+        "bundle": {
+            "prior": ["prompt", "picture"], "decoder": ["embeddings"], "inpaint": ["embeddings"],
+            "controlnet": ["embeddings"],
+        },
+        "bundle_2_1": {
+            "prior": ["prompt", "picture"], "decoder": ["embeddings", "prompt"], "inpaint": ["embeddings", "prompt"],
+        },
+        "bundle_3": {"decoder": ["prompt"]},
+    }  # fmt: skip
+    assert {stage: facts["takes"] for stage, facts in found["stages"].items()} == takes[family]
+    own = {"bundle": ["ddpm"], "bundle_2_1": ["ddim", "ddpm"], "bundle_3": ["ddpm"]}
+    assert found["stages"]["decoder"]["own_schedulers"] == own[family]
+    assert sorted(found["stages"]["decoder"]["schedulers"]) == ["ddim", "ddpm", "dpmpp-2m"]
+
+
 def test_inspect_json_is_the_manifest(bundle: Path) -> None:
     result = run("inspect", bundle, "--json", "--check")
     found = json.loads(result.stdout)
@@ -230,7 +267,9 @@ def test_inspect_says_what_a_bundle_lacks(copy: Path) -> None:
     assert_error(run("inspect", copy), "neither a prior nor a decoder")
     decoders = {"decoder": manifest["decoders"]["decoder"]}
     replace_bytes(copy / "manifest.json", json.dumps(manifest | {"prior": None, "decoders": decoders}).encode())
-    assert "no; needs kandinsky-2-2-decoder-inpaint" in run("inspect", copy).stdout
+    shown = run("inspect", copy).stdout
+    for checkpoint in ("kandinsky-2-2-prior", "kandinsky-2-2-decoder-inpaint", "kandinsky-2-2-controlnet-depth"):
+        assert f"no; needs {checkpoint}" in shown
 
 
 SIZES = {
@@ -280,27 +319,17 @@ def test_doctor_names_a_package_that_is_too_old(monkeypatch: pytest.MonkeyPatch)
     assert [line for line in advice if line.startswith("torch 0.0.1+local is older than")]
 
 
+def test_packages_are_found_by_what_they_are_imported_as(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(doctor.MODULES, "absent", "no_such_package.module")
+    assert [doctor.importable(name) for name in ("pillow", "absent", "no-such-package")] == [True, False, False]
+
+
 def test_doctor_survives_a_broken_library(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", raises(ImportError("libfoo.so is missing")))
     cpu = next(device for device in doctor.known_devices() if device.device == "cpu")
     assert cpu.problem == "cannot be used: libfoo.so is missing"
-
-
-@pytest.mark.parametrize(("limit", "expected"), [("1000", 1000), ("max", None), (None, None)])
-def test_memory_is_that_of_the_container(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str | None, expected: int | None
-) -> None:
-    file = tmp_path / "memory.max"
-    if limit is not None:
-        file.write_text(limit + "\n")
-    monkeypatch.setattr(doctor, "CGROUP_LIMIT", file)
-    if not hasattr(os, "sysconf"):
-        assert doctor.memory() is None
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        assert doctor.memory() == (expected or total)
 
 
 # Export
@@ -322,6 +351,27 @@ def test_export_names_a_checkpoint_that_is_missing(tmp_path: Path) -> None:
     assert_error(without_progress(run("export", tmp_path / "none", "-o", tmp_path / "bundle")), str(tmp_path / "none"))
 
 
+def test_export_refuses_two_families_in_a_bundle(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    for others in (("prior", "decoder-2-1"), ("prior-2-1", "decoder"), ("prior", "decoder-3")):
+        names = [checkpoints[role] for role in others]
+        result = without_progress(run("export", *names, "-o", tmp_path / "bundle"))
+        assert_error(result, "one bundle holds one family", *map(str, names))
+        families = {
+            name for name in ("kandinsky-2-1", "kandinsky-2-2", "kandinsky-3") if f" is {name}" in result.stderr
+        }
+        assert len(families) == 2
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_help_of_export_names_the_published_checkpoints() -> None:
+    shown = run("export", "--help").stdout
+    for family in FAMILIES.values():
+        (line,) = re.findall(rf"^ {family.title}: (.*?)^ *$", shown, re.MULTILINE | re.DOTALL)
+        assert line.replace(",", " ").split() == list(family.checkpoints.values())
+    main = run("--help").stdout
+    assert all(family.checkpoints["decoder"] in main for family in FAMILIES.values())
+
+
 def test_export_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("torch", "onnx"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -332,10 +382,10 @@ def test_export_without_its_packages_says_what_to_install(monkeypatch: pytest.Mo
 def test_full_disk_leaves_nothing_of_an_export(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:
-    from kandrt.export import exporter
+    from kandrt.export import stages
 
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(exporter, "export_tokenizer", raises(full))
+    monkeypatch.setattr(stages, "export_tokenizer", raises(full))
     result = run("export", checkpoints["prior"], "-o", tmp_path / "bundle")
     assert_error(without_progress(result), "No space left on device")
     assert list(tmp_path.iterdir()) == []
@@ -396,8 +446,8 @@ def test_export_as_a_program(tmp_path: Path, checkpoints: dict[str, Path]) -> No
 SLOW_EXPORT = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from kandrt.export import exporter
-exporter.export_network = lambda *_, **__: [time.sleep(0.1) for _ in range(600)]
+from kandrt.export import draft
+draft.export_network = lambda *_, **__: [time.sleep(0.1) for _ in range(600)]
 """
 
 

@@ -160,6 +160,23 @@ def test_build_and_build_again(tmp_path: Path) -> None:
     assert [each["record"]["key"]["component"] for each in listed["found"] if each["stale"]] == ["decoder_step"]
 
 
+@builds
+@pytest.mark.parametrize("family", ["bundle_2_1", "bundle_3"])
+def test_what_a_prompt_adds_to_a_decoder_is_built(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Text encoder and context: the graphs that no decoder of 2.2 has. Steps take a minute, MoVQ is the same."""
+    bundle = Path(shutil.copytree(request.getfixturevalue(family), tmp_path / "bundle"))
+    wanted = ("--size", "64:64:128", "--precision", "fp32")
+    planned = json.loads(ok("build", bundle, *RTX, *wanted, "--dry-run", "--json").stdout)
+    assert planned["built"] == list(open_bundle(bundle).manifest.components)
+    profiles = {task["key"]["component"]: task["key"]["profiles"][0]["axes"] for task in planned["tasks"]}
+    assert profiles["prompt_encoder"] == {"batch": [1, 2, 16]}
+    tokens = {"tokens": [1, 128, 128]} if family == "bundle_3" else {}
+    assert profiles["decoder_context"] == {"batch": [1, 2, 8], "timesteps": [1, 50, 1000], **tokens}
+    assert profiles["decoder_step"] == {"batch": [1, 2, 8], "height": [8, 8, 16], "width": [8, 8, 16], **tokens}
+    result = ok("build", bundle, *RTX, *wanted, "--component", "prompt_encoder,decoder_context")
+    assert "built 2 of 2 engines" in result.stdout
+
+
 def test_what_is_built_is_what_is_missing(toy: Bundle, fake: list[str]) -> None:
     ok("build", toy.folder, *RTX, "--component", "decoder_step,movq_decoder", "--component", "decoder_step")
     assert fake == ["decoder_step", "movq_decoder"]

@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from kandrt.runtime import Kandinsky, load
+from kandrt.runtime import Decoder, Kandinsky, Prior, load
 from kandrt.runtime.images import _WRITABLE
-from kandrt.scripts import generate
+from kandrt.runtime.plan import Plan
+from kandrt.scripts import clock, generate
 from kandrt.scripts.cli import app
 
 SMALL = ("--height", "64", "--width", "128", "--steps", "2", "--prior-steps", "2")
@@ -89,6 +90,92 @@ def test_picture_says_how_it_was_made(bundle: Path, tmp_path: Path) -> None:
         "prior_steps": "2", "prior_guidance_scale": "4.0", "scheduler": "ddpm", "size": "128x64", "bundle": "bundle",
         "backend": "onnxruntime", "precision": "fp32", "kandrt": version("kandrt"),
     }  # fmt: skip
+
+
+# The settings that a picture's metadata names, by family and inputs, where none was given.
+DEFAULTS: dict[tuple[str, tuple[str, ...]], dict[str, Any]] = {
+    ("bundle", ()): {"steps": 100, "guidance_scale": 4.0, "prior_steps": 25, "prior_guidance_scale": 4.0},
+    ("bundle_2_1", ("image",)): {
+        "steps": 100, "guidance_scale": 4.0, "prior_steps": 25, "prior_guidance_scale": 4.0, "strength": 0.3,
+    },
+    ("bundle_2_1", ("image", "mask")): {
+        "steps": 100, "guidance_scale": 4.0, "prior_steps": 25, "prior_guidance_scale": 4.0,
+    },
+    ("bundle_3", ()): {"steps": 25, "guidance_scale": 3.0},
+    ("bundle_3", ("image",)): {"steps": 25, "guidance_scale": 3.0, "strength": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "inputs"), DEFAULTS, ids=str)
+def test_metadata_names_the_defaults_and_they_are_those_of_the_python_surface(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    pictures: dict[str, Path],
+    family: str,
+    inputs: tuple[str, ...],
+) -> None:
+    folder, expected = request.getfixturevalue(family), DEFAULTS[family, inputs]
+    plans, priors, signature = list[Plan](), list[dict[str, Any]](), inspect.signature(Prior.__call__)
+
+    # What is to be done is all that is looked at: networks need not run for it.
+    class DoneError(Exception):
+        pass
+
+    def denoise(_: Decoder, plan: Plan, *__: Any) -> None:
+        plans.append(plan)
+        raise DoneError
+
+    def embed(self: Prior, prompt: str, **settings: Any) -> Any:
+        bound = signature.bind(self, prompt, **settings)
+        bound.apply_defaults()
+        priors.append({name: bound.arguments[name] for name in ("steps", "guidance_scale")})
+        return self.placeholder(prompt, 1)
+
+    monkeypatch.setattr(Decoder, "_denoise", denoise)
+    monkeypatch.setattr(Prior, "__call__", embed)
+    flags = [text for name in inputs for text in (f"--{name}", str(pictures[name]))]
+    result = run(folder, PROMPT, "-o", tmp_path / "a.png", "--seed", "1", *flags)
+    assert "DoneError" in result.stderr
+    with load(folder) as k:
+        options = inspect.signature(generate.command).parameters
+        settings = dict.fromkeys(options) | {name: str(pictures[name]) for name in inputs}
+        assert generate.defaults(k.manifest, settings) == expected
+        given: dict[str, Any] = {name: Image.open(pictures[name]) for name in inputs}
+        with pytest.raises(DoneError):
+            k(PROMPT, seed=1, **given)
+    ours, theirs = plans
+    assert np.array_equal(ours.timesteps, theirs.timesteps)
+    assert (ours.scale, ours.strength) == (theirs.scale, theirs.strength)
+    assert priors[:1] == priors[1:]
+
+
+@pytest.mark.parametrize("family", ["bundle_2_1", "bundle_3"])
+def test_picture_of_another_family_says_how_it_was_made(
+    request: pytest.FixtureRequest, tmp_path: Path, pictures: dict[str, Path], family: str
+) -> None:
+    folder, steps = request.getfixturevalue(family), ("--steps", "4")
+    size = ("--height", "64", "--width", "64", "--seed", "7")
+    result = run(folder, PROMPT, "-o", tmp_path / "a.png", *size, *steps, "--image", pictures["image"], "--json")
+    assert result.exit_code == 0, result.stderr
+    timings = json.loads(result.stdout)["timings"]
+    stages = [name.removesuffix("_seconds") for name in timings if name.endswith("_seconds")]
+    of_prior = {"prior_steps": "25", "prior_guidance_scale": "4.0"} if family == "bundle_2_1" else {}
+    assert stages == ([] if family == "bundle_3" else ["prior"]) + ["decoder", "movq"]
+    with Image.open(tmp_path / "a.png") as image:
+        image.load()
+        facts = dict(image.text)  # type: ignore[attr-defined]
+    assert facts == of_prior | {
+        "prompt": PROMPT, "seed": "7", "steps": "4", "guidance_scale": "4.0" if of_prior else "3.0", "strength": "0.3",
+        "scheduler": "ddim" if of_prior else "ddpm", "size": "64x64", "bundle": folder.name, "backend": "onnxruntime",
+        "precision": "fp32", "kandrt": version("kandrt"),
+    }  # fmt: skip
+    # and what it says repeats it
+    names = ("guidance_scale", "strength", "scheduler", *of_prior)
+    flags = [text for name in names for text in (f"--{name.replace('_', '-')}", facts[name])]
+    again = run(folder, PROMPT, "-o", tmp_path / "b.png", *size, *steps, "--image", pictures["image"], *flags)
+    assert again.exit_code == 0, again.stderr
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(Image.open(tmp_path / "b.png")))
 
 
 def test_json_is_all_of_stdout_and_repeats_the_picture(bundle: Path, tmp_path: Path) -> None:
@@ -194,6 +281,46 @@ def test_what_cannot_be_used_is_one_line(bundle: Path, tmp_path: Path, options: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("bundle_2_1", ("--hint", "hint"), "Kandinsky 2.1 has no ControlNet; Kandinsky 2.2"),
+        ("bundle_3", ("--hint", "hint"), "Kandinsky 3 has no ControlNet; Kandinsky 2.2"),
+        ("bundle_3", ("--image", "image", "--mask", "mask"), "Kandinsky 3 has no inpainting; Kandinsky 2.1"),
+        ("bundle_3", ("--prior-steps", "5"), "--prior-steps: Kandinsky 3 has no prior; leave it out"),
+        (
+            "bundle_3",
+            ("--prior-steps", "5", "--prior-guidance-scale", "1"),
+            "--prior-steps and --prior-guidance-scale:",
+        ),
+        ("bundle_3", ("--scheduler", "unclip"), "scheduler: expected one of ddpm, ddim, dpmpp-2m"),
+    ],
+)
+def test_what_a_family_does_not_do_is_one_line(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    pictures: dict[str, Path],
+    family: str,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    flags = [str(pictures.get(word, word)) for word in options]
+    result = run(request.getfixturevalue(family), PROMPT, "-o", tmp_path / "a.png", *flags)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr)
+    assert message in result.stderr
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("family", ["bundle_2_1", "bundle_3"])
+def test_prompt_left_out_is_wrong_usage_with_every_family(
+    request: pytest.FixtureRequest, tmp_path: Path, family: str
+) -> None:
+    result = run(request.getfixturevalue(family), "-o", tmp_path / "a.png")
+    assert result.exit_code == 2
+    assert "a prompt is needed too" in " ".join(result.stderr.replace("│", "").split())
+
+
 def test_full_disk_leaves_no_picture(monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path) -> None:
     def full(_: Image.Image, file: io.BufferedWriter, *__: Any, **___: Any) -> None:
         file.write(b"half a picture")
@@ -211,7 +338,7 @@ def test_bars_name_the_stages_on_a_terminal(
 ) -> None:
     from rich.console import Console
 
-    monkeypatch.setattr(generate, "stderr", lambda: Console(stderr=True, force_terminal=True, width=100))
+    monkeypatch.setattr(clock, "stderr", lambda: Console(stderr=True, force_terminal=True, width=100))
     generate.command([str(bundle), PROMPT], tmp_path / "a.png", height=64, width=64, steps=3, prior_steps=2)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
     assert re.search(r"prior .* 2/2", shown)

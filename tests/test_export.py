@@ -27,7 +27,7 @@ from kandrt.engines.backends import open_component
 from kandrt.engines.bundle import open_bundle
 from kandrt.engines.errors import BackendError, CheckpointError, InputError, NumericalError, OutputError
 from kandrt.engines.manifest import GraphError, Manifest
-from kandrt.export import exporter, network
+from kandrt.export import draft, exporter, network
 from kandrt.export.check import TOLERANCES, difference, random_inputs
 from kandrt.export.checkpoint import Checkpoint, open_checkpoint
 from kandrt.export.exporter import check_together, export_bundle
@@ -249,8 +249,8 @@ def test_a_combined_checkpoint_is_both_its_halves(
 
 
 def test_packages_that_are_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "TOOLS", ("kandrt", "no-such-package-of-this-name"))
-    assert [exporter.tool_version(tool) is None for tool in exporter.TOOLS] == [False, True]
+    monkeypatch.setattr(draft, "TOOLS", ("kandrt", "no-such-package-of-this-name"))
+    assert [draft.tool_version(tool) is None for tool in draft.TOOLS] == [False, True]
 
 
 def test_reports_say_what_is_done(tiny: Path, untraced: list[str], tmp_path: Path) -> None:

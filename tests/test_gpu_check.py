@@ -7,16 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from kandrt.engines.bundle import open_bundle
 from kandrt.engines.errors import BackendError
 from kandrt.runtime.miniature import MINIATURE
 from kandrt.scripts import gpu_check
 from kandrt.scripts.gpu_check import Check, Measured, Part, Report, checks_of, write
+from kandrt.scripts.reference import paints_prompts
 
 ROOT = Path(__file__).parents[1]
 SMI = {
@@ -87,6 +89,21 @@ def test_the_report_is_for_people_and_programs(tmp_path: Path) -> None:
     assert "1 failed" in (tmp_path / "report.md").read_text()
     facts = json.loads((tmp_path / "report.json").read_text())
     assert (facts["passed"], len(facts["parts"]), facts["parts"][1]["found"]["step"]) == (False, 4, 0.004)
+
+
+@pytest.mark.parametrize("family", ["bundle", "bundle_2_1", "bundle_3"])
+def test_speed_is_of_bundles_that_go_from_a_prompt_to_a_picture(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(family)
+    assert [check.name for check in checks_of(folder, 4) if "speed of onnxruntime" in check.name]
+    manifest = open_bundle(folder).manifest
+    assert paints_prompts(manifest)
+    without = replace(manifest, prior=None, tokenizer=None)
+    assert paints_prompts(without) == (family == "bundle_3")
+    others = dict(manifest.decoders)
+    del others["decoder"]
+    assert not paints_prompts(replace(manifest, decoders=others))
 
 
 def test_every_program_that_it_runs_exists() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kandrt import scripts
 from kandrt.export.modules.clip import CLIPConfig, ImageEncoder, TextEncoder
+from kandrt.export.modules.conditioning import TEXT_TOKENS
 from kandrt.export.modules.layers import Network
 from kandrt.export.modules.movq import MoVQ, MoVQConfig
 from kandrt.export.modules.prior import Prior, PriorConfig
@@ -40,10 +41,13 @@ TWO_LEVELS: dict[str, Any] = {
     "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"],
     "up_block_types": ["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
 }
+TEXT_AND_IMAGE = {"addition_embed_type": "text_image", "encoder_hid_dim_type": "text_image_proj"}  # Kandinsky 2.1
 UNETS: dict[str, tuple[str, dict[str, Any]]] = {
     "text-to-image": ("decoder", {}),
     "ControlNet": ("controlnet-depth", {}),
     "inpainting": ("decoder-inpaint", {}),
+    "text and image": ("decoder", TEXT_AND_IMAGE),
+    "inpainting by text and image": ("decoder-inpaint", TEXT_AND_IMAGE),
     "layers, head sizes and norms": (
         "decoder",
         {
@@ -199,6 +203,9 @@ def unet_inputs(network: UNet, batch: int, height: int, width: int) -> dict[str,
         "sample": torch.randn(batch, 4, height, width),
         "image_embeds": torch.randn(batch, config.image_embed_dim),
     }
+    if config.text_dim is not None:
+        inputs["text_embeds"] = torch.randn(batch, config.image_embed_dim)
+        inputs["text_states"] = torch.randn(batch, TEXT_TOKENS, config.text_dim)
     if config.hint:
         inputs["hint"] = torch.rand(batch, 3, 8 * height, 8 * width)
     elif config.concat_channels:
@@ -208,14 +215,20 @@ def unet_inputs(network: UNet, batch: int, height: int, width: int) -> dict[str,
 
 def unet_reference(oracle: nn.Module, timestep: int, inputs: dict[str, Tensor]) -> Tensor:
     sample = torch.cat([inputs["sample"], *([inputs["concat_latents"]] if "concat_latents" in inputs else [])], dim=1)
-    added = {name: inputs[name] for name in ("image_embeds", "hint") if name in inputs}
-    result: Tensor = oracle(sample, torch.tensor(timestep), None, added_cond_kwargs=added).sample
+    added = {name: inputs[name] for name in ("image_embeds", "text_embeds", "hint") if name in inputs}
+    states = inputs.get("text_states")
+    result: Tensor = oracle(sample, torch.tensor(timestep), states, added_cond_kwargs=added).sample
     return result
+
+
+def conditions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `context` takes of a UNet's inputs."""
+    return {name: tensor for name, tensor in inputs.items() if name not in ("sample", "concat_latents")}
 
 
 def unet_split(network: UNet, timesteps: list[int], inputs: dict[str, Tensor]) -> list[Tensor]:
     """Context once for all timesteps, then a step for each."""
-    context = network.context(inputs["image_embeds"], torch.tensor(timesteps, dtype=torch.float32), inputs.get("hint"))
+    context = network.context(timesteps=torch.tensor(timesteps, dtype=torch.float32), **conditions(inputs))
     concat = context[2] if "hint" in inputs else inputs.get("concat_latents")
     return [network.step(inputs["sample"], row, context[1], concat) for row in context[0]]
 
@@ -230,19 +243,15 @@ def test_unet_is_that_of_diffusers(name: str, batch: int, height: int, width: in
         wanted = unet_reference(oracle, timestep, inputs)
         assert distance(found, wanted) < SAME
         if "concat_latents" not in inputs:
-            undivided = network(
-                inputs["sample"], torch.tensor([float(timestep)]), inputs["image_embeds"], inputs.get("hint")
-            )
+            undivided = network(inputs["sample"], torch.tensor([float(timestep)]), **conditions(inputs))
             assert distance(undivided, wanted) < SAME
 
 
-@pytest.mark.parametrize("name", ["text-to-image", "ControlNet", "inpainting"])
+@pytest.mark.parametrize("name", ["text-to-image", "ControlNet", "inpainting", "text and image"])
 def test_unet_samples_at_different_timesteps_share_a_batch(name: str) -> None:
     network, oracle = unet_pair(name)
     inputs, timesteps = unet_inputs(network, 3, 8, 16), [7, 980, 421]
-    embedding, added_kv, *hint = network.context(
-        inputs["image_embeds"], torch.tensor(timesteps).float(), inputs.get("hint")
-    )
+    embedding, added_kv, *hint = network.context(timesteps=torch.tensor(timesteps).float(), **conditions(inputs))
     concat = hint[0] if hint else inputs.get("concat_latents")
     mixed = network.step(inputs["sample"], torch.stack([embedding[i, i] for i in range(3)]), added_kv, concat)
     for i, timestep in enumerate(timesteps):

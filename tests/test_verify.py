@@ -24,7 +24,8 @@ from kandrt.engines.hashing import sha256_file
 from kandrt.engines.manifest import Manifest, encode_manifest
 from kandrt.engines.session import Session
 from kandrt.runtime import load
-from kandrt.scripts import reference, verify
+from kandrt.scripts import reference
+from kandrt.scripts.checkpoint_networks import find_references
 from kandrt.scripts.cli import app
 from kandrt.scripts.random_checkpoint import make_checkpoint
 
@@ -50,8 +51,8 @@ def kinds(found: Mapping[str, Any]) -> Counter[str]:
 
 def torch_sessions(bundle: Path) -> dict[str, Session]:
     """Every component under PyTorch, from the checkpoints that the manifest names."""
-    skipped: list[verify.Skipped] = []
-    found = verify.find_references(open_bundle(bundle), [], (None, None), skipped)
+    skipped: list[reference.Skipped] = []
+    found = find_references(open_bundle(bundle), [], (None, None), skipped)
     assert not skipped
     return {name: each.session for name, each in found.items()}
 
@@ -131,6 +132,19 @@ def test_sound_bundle_passes_every_check(whole: Path) -> None:
     for row in found["rows"]:
         if row["kind"] == "graph":
             assert row["relative"] <= 1e-4  # the tolerance of fp32 graphs in export/check.py
+
+
+@pytest.mark.parametrize("family", ["bundle_2_1", "bundle_3"])
+def test_other_families_pass_every_check(family: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(family)
+    code, found = run(folder)
+    assert (code, found["not_verified"]) == (0, [])
+    manifest = open_bundle(folder).manifest
+    names = {"bundle_2_1": ["prior", "prior from picture"], "bundle_3": []}[family]
+    names += ["text-to-image", "image-to-image", *(["inpainting"] if family == "bundle_2_1" else [])]
+    assert reference.request_names(manifest) == names
+    graphs, requests = ([row["what"] for row in found["rows"] if row["kind"] == kind] for kind in ("graph", "request"))
+    assert (graphs, requests) == (list(manifest.components), names)
 
 
 def test_table_for_people(copy: Path) -> None:
@@ -236,6 +250,14 @@ def test_checkpoint_for_which_the_bundle_has_no_use_is_an_error(copy: Path, chec
     result = CliRunner().invoke(app, ["verify", str(copy), "--checkpoint", str(checkpoints["inpaint"])])
     assert result.exit_code == 1
     assert f"error: {checkpoints['inpaint']} is a checkpoint for inpaint" in result.stderr
+
+
+def test_checkpoint_of_another_family_is_an_error(copy: Path, checkpoints: dict[str, Path]) -> None:
+    for role in ("decoder-2-1", "decoder-3", "prior-2-1"):
+        result = CliRunner().invoke(app, ["verify", str(copy), "--checkpoint", str(checkpoints[role])])
+        assert result.exit_code == 1
+        family = "kandinsky-3" if role == "decoder-3" else "kandinsky-2-1"
+        assert f"error: {checkpoints[role]} is a checkpoint of {family}; {copy} is of kandinsky-2-2" in result.stderr
 
 
 def test_checkpoint_given_needs_pytorch(monkeypatch: pytest.MonkeyPatch, copy: Path) -> None:
@@ -349,7 +371,9 @@ def test_backend_that_does_not_exist_is_an_error(copy: Path) -> None:
 # The requests
 
 
-def test_requests_run_every_component(bundle: Path) -> None:
+@pytest.mark.parametrize("family", ["bundle", "bundle_2_1", "bundle_3"])
+def test_requests_run_every_component(family: str, request: pytest.FixtureRequest) -> None:
+    bundle: Path = request.getfixturevalue(family)
     ran: set[str] = set()
 
     class Noted:

@@ -173,6 +173,33 @@ def test_reference_against_itself_has_no_error(small: Path) -> None:
     assert next(iter(rows(found, "files").values()))["passed"]
 
 
+@pytest.mark.parametrize("family", ["bundle_2_1", "bundle_3"])
+def test_every_family_is_verified_on_its_own_requests(family: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(family)
+    code, found = run(folder, "--backend", "onnxruntime")
+    assert (code, found["not_verified"]) == (0, [])
+    components, requests = rows(found, "component"), rows(found, "request")
+    assert components.keys() == open_bundle(folder).manifest.components.keys()
+    names = {"text-to-image", "image-to-image"}
+    if family == "bundle_2_1":
+        names |= {"prior", "prior from picture", "inpainting", "prompt to picture"}
+    assert requests.keys() == names
+    assert {row["max_abs"] for row in [*components.values(), *requests.values()]} == {0.0}
+
+
+def test_wrong_layer_of_a_text_encoder_is_named(doctored: Callable[..., Runner], bundle_3: Path) -> None:
+    opened, size = open_bundle(bundle_3), (64, 64)
+    runner = doctored("prompt_encoder", scaled_weight("node_linear_4", 1.2))
+    inputs = engine_reference.drawn_inputs(opened, "prompt_encoder", size)
+    with reference_session(opened, "prompt_encoder") as session:
+        answers = Answers({}, {"prompt_encoder": [Call("random inputs", inputs, session(**inputs))]}, {})
+    check = Check(opened, runner, answers, lambda _: None)
+    row = check.explained(check.component("prompt_encoder"), "prompt_encoder")
+    assert not row.passed
+    assert row.worst is not None
+    assert (row.worst.component, row.worst.layer) == ("prompt_encoder", "node_linear_4")
+
+
 @pytest.mark.usefixtures("known_answers")
 def test_openvino_passes_in_fp32(small: Path) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
@@ -504,6 +531,17 @@ def test_reference_that_gives_nan_is_a_failing_row(
     assert code == 1
     failed = {(row["kind"], row["what"]) for row in found["rows"] if not row["passed"]}
     assert failed == {("request", "text-to-image"), ("component", "movq_decoder")}
+
+
+def test_network_larger_than_the_machine_says_so(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
+    opened = open_bundle(small)
+    most = 4 * opened.manifest.components["decoder_step"].parameters
+    monkeypatch.setattr(engine_reference, "machine_memory", lambda: most - 1)
+    found = engine_reference.reference_answers(opened, SIZE, lambda _: None)
+    assert found.problems.keys() == {"text-to-image", "image-to-image", "prompt to picture", "decoder_step"}
+    assert all("decoder_step: its weights in fp32 take" in problem for problem in found.problems.values())
+    assert "with random inputs" in found.problems["decoder_step"]
+    assert {call.request for call in found.calls["movq_decoder"]} == {"random inputs"}
 
 
 def test_networks_make_room_for_each_other(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:

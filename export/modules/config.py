@@ -19,6 +19,15 @@ BOOKKEEPING = {
     "update_after_step",
     "use_ema_warmup",
 }
+# Fields of a transformers encoder's config that leave what it computes as it is: what a file was made by and for,
+# training, and generating text.
+TRANSFORMERS_BOOKKEEPING = (
+    "architectures", "attention_probs_dropout_prob", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout",
+    "dropout_rate", "dtype", "eos_token_id", "hidden_dropout_prob", "id2label", "initializer_factor",
+    "initializer_range", "label2id", "output_attentions", "output_hidden_states", "output_past", "pad_token_id",
+    "problem_type", "return_dict", "task_specific_params", "tie_word_embeddings", "torch_dtype",
+    "transformers_version", "use_cache",
+)  # fmt: skip
 
 
 def check_config(

@@ -54,36 +54,45 @@ def upsampled(x: Tensor, scale: int) -> Tensor:
     return F.interpolate(wide, scale_factor=float(scale), mode="nearest").to(x.dtype)
 
 
-def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
+def sinusoid(timesteps: Tensor, dim: int, sine_first: bool = False, shift: int = 0) -> Tensor:
     """[cos, sin] features of `timesteps` [N] as fp32 [N, dim], frequencies from 1 down to 1/10000.
 
-    Source: diffusers 0.42.1 `get_timestep_embedding` with flip_sin_to_cos=True and downscale_freq_shift=0.
+    With `shift` 1 the last frequency is 1/10000, with 0 the one that would follow it.
+    Source: diffusers 0.42.1 `get_timestep_embedding`, whose downscale_freq_shift is `shift` and whose flip_sin_to_cos
+    is the opposite of `sine_first`.
     """
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) * (-math.log(10000) / half)
+    # Multiplied and divided in diffusers' order: in another, frequencies are off by up to 1e-6, and the error of an
+    # angle grows with the timestep.
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - shift)
     angles = timesteps.float()[:, None] * torch.exp(exponent)[None, :]
-    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+    features = (torch.cos(angles), torch.sin(angles))
+    return torch.cat(features[::-1] if sine_first else features, dim=-1)
 
 
 class TimestepEmbedding(nn.Module):
     """Two linear layers over the sinusoid of a timestep: [N] -> [N, out_features]."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, sine_first: bool = False, shift: int = 0) -> None:
         super().__init__()
+        self.sine_first, self.shift = sine_first, shift
         self.linear_1 = nn.Linear(in_features, out_features)
         self.linear_2 = nn.Linear(out_features, out_features)
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        features = sinusoid(timesteps, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        features = sinusoid(timesteps, self.linear_1.in_features, self.sine_first, self.shift)
+        features = features.to(self.linear_1.weight.dtype)
         return cast("Tensor", self.linear_2(F.silu(self.linear_1(features))))
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention of tokens [B, N, C] over keys and values [B, M, C], scale 1/sqrt(C / heads).
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Scaled dot-product attention of tokens [B, N, C] over keys and values [B, M, C].
 
-    `bias` [B or 1, 1, N, M] is added to the scores.
+    `bias` [B or 1, heads or 1, N, M] is added to the scores; `scale` None is 1/sqrt(C / heads).
     """
     width = query.shape[-1] // heads
     q, k, v = (tokens.reshape(*tokens.shape[:2], heads, width).transpose(1, 2) for tokens in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), scale=scale)
     return out.transpose(1, 2).flatten(2)

@@ -15,24 +15,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...engines.errors import CheckpointError
+from .conditioning import (
+    IMAGE_TOKENS,
+    IMAGE_TOKENS_BESIDE_TEXT,
+    LATENT_CHANNELS,
+    TEXT_TOKENS,
+    ImageEmbedding,
+    ImageProjection,
+    TextImageEmbedding,
+    TextImageProjection,
+)
 from .config import check_config, check_divisible, check_lengths, check_sizes
-from .layers import GroupNorm, LayerNorm, Network, TimestepEmbedding, attention, upsampled
-
-LATENT_CHANNELS = 4
-IMAGE_TOKENS = 32
+from .layers import GroupNorm, Network, TimestepEmbedding, attention, upsampled
 
 # Block type -> does the level have attention.
 DOWN_BLOCKS = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}
 UP_BLOCKS = {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True}
 
+# addition_embed_type -> the encoder_hid_dim_type that goes with it
+CONDITIONING = {"image": "image_proj", "image_hint": "image_proj", "text_image": "text_image_proj"}
+
 FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "attention_type": ("default",),
-    "addition_embed_type_num_heads": (64,),  # of the text conditioning, which these checkpoints do not have
+    "addition_embed_type_num_heads": (64,),  # of another conditioning by text, which these checkpoints do not have
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "downsample_padding": (1,),  # of strided convolutions, which these block types do not have
-    "encoder_hid_dim_type": ("image_proj",),
+    "encoder_hid_dim_type": tuple(dict.fromkeys(CONDITIONING.values())),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
     "mid_block_scale_factor": (1,),
@@ -46,7 +56,11 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """What of a `UNet2DConditionModel` config decides this network; lists have one entry a level."""
+    """What of a `UNet2DConditionModel` config decides this network; lists have one entry a level.
+
+    text_dim is the width of the text's states, None where the image alone conditions the network; the text's pooled
+    embedding is as wide as the image's.
+    """
 
     in_channels: int
     out_channels: int
@@ -57,6 +71,7 @@ class UNetConfig:
     up_attention: tuple[bool, ...]
     cross_attention_dim: int
     image_embed_dim: int
+    text_dim: int | None
     hint: bool
     norm_groups: int
     norm_eps: float
@@ -76,6 +91,15 @@ class UNetConfig:
                  "layers_per_block", "attention_head_dim")  # fmt: skip
         check_sizes(what, config, sizes, lists=("block_out_channels", "layers_per_block", "attention_head_dim"))
         channels = tuple(config["block_out_channels"])
+        conditioning = config["addition_embed_type"]
+        # a list: an entry that cannot be hashed is wrong, too
+        if (conditioning, config["encoder_hid_dim_type"]) not in list(CONDITIONING.items()):
+            raise CheckpointError(
+                f"{what}: addition_embed_type: expected {' or '.join(map(repr, CONDITIONING))} with the "
+                f"encoder_hid_dim_type that goes with it, found {conditioning!r} with "
+                f"{config['encoder_hid_dim_type']!r}"
+            )
+        text = conditioning == "text_image"
 
         def levels(value: Any) -> tuple[int, ...]:
             return tuple(value) if isinstance(value, list | tuple) else (value,) * len(channels)
@@ -89,16 +113,13 @@ class UNetConfig:
             down_attention=block_types(what, "down_block_types", config["down_block_types"], DOWN_BLOCKS),
             up_attention=block_types(what, "up_block_types", config["up_block_types"], UP_BLOCKS),
             cross_attention_dim=config["cross_attention_dim"],
-            image_embed_dim=config["encoder_hid_dim"],
-            hint=config["addition_embed_type"] == "image_hint",
+            # With text, encoder_hid_dim is the width of its states.
+            image_embed_dim=config["cross_attention_dim"] if text else config["encoder_hid_dim"],
+            text_dim=config["encoder_hid_dim"] if text else None,
+            hint=conditioning == "image_hint",
             norm_groups=config.get("norm_num_groups", 32),
             norm_eps=config.get("norm_eps", 1e-5),
         )
-        conditioning = config["addition_embed_type"]
-        if conditioning not in ("image", "image_hint"):
-            raise CheckpointError(
-                f"{what}: addition_embed_type: expected 'image' or 'image_hint', found {conditioning!r}"
-            )
         self.check(what)
         return self
 
@@ -130,6 +151,11 @@ class UNetConfig:
     def embedding_dim(self) -> int:
         """Width of the timestep embedding."""
         return 4 * self.channels[0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that condition every attention layer."""
+        return IMAGE_TOKENS if self.text_dim is None else IMAGE_TOKENS_BESIDE_TEXT + TEXT_TOKENS
 
     @property
     def concat_channels(self) -> int:
@@ -177,7 +203,7 @@ class ResnetBlock(nn.Module):
 
 
 class AddedKVAttention(nn.Module):
-    """Attention of pixels to the tokens of the image embedding and to each other, in that order."""
+    """Attention of pixels to the tokens that condition the network and to each other, in that order."""
 
     def __init__(self, config: UNetConfig, channels: int, head_dim: int) -> None:
         super().__init__()
@@ -191,7 +217,7 @@ class AddedKVAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def added(self, tokens: Tensor) -> Tensor:
-        """Keys and values of the image's tokens: [B, N, cross_attention_dim] -> [B, N, 2C]."""
+        """Keys and values of the conditioning tokens: [B, N, cross_attention_dim] -> [B, N, 2C]."""
         return torch.cat([self.add_k_proj(tokens), self.add_v_proj(tokens)], dim=-1)
 
     def forward(self, x: Tensor, added_key: Tensor, added_value: Tensor) -> Tensor:
@@ -226,40 +252,6 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([AddedKVAttention(config, channels, config.head_dims[-1])])
 
 
-class ImageProjection(nn.Module):
-    """Image embedding [B, E] to tokens [B, IMAGE_TOKENS, cross_attention_dim]."""
-
-    def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.image_embeds = nn.Linear(config.image_embed_dim, IMAGE_TOKENS * config.cross_attention_dim)
-        self.norm = LayerNorm(config.cross_attention_dim)
-
-    def forward(self, image_embeds: Tensor) -> Tensor:
-        return cast("Tensor", self.norm(self.image_embeds(image_embeds).unflatten(-1, (IMAGE_TOKENS, -1))))
-
-
-class AddedEmbedding(nn.Module):
-    """The image embedding's share of the timestep embedding, and a ControlNet's network for the hint."""
-
-    HINT_CHANNELS = (3, 16, 16, 32, 32, 96, 96, 256, LATENT_CHANNELS)
-    HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)
-
-    def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.image_proj = nn.Linear(config.image_embed_dim, config.embedding_dim)
-        self.image_norm = LayerNorm(config.embedding_dim)
-        if config.hint:
-            convolutions = [
-                nn.Conv2d(a, b, 3, padding=1, stride=stride)
-                for a, b, stride in zip(self.HINT_CHANNELS, self.HINT_CHANNELS[1:], self.HINT_STRIDES, strict=False)
-            ]
-            with_activations = [layer for convolution in convolutions for layer in (convolution, nn.SiLU())][:-1]
-            self.input_hint_block = nn.Sequential(*with_activations)
-
-    def forward(self, image_embeds: Tensor) -> Tensor:
-        return cast("Tensor", self.image_norm(self.image_proj(image_embeds)))
-
-
 class UNet(Network):
     """Predicts noise (and, with 8 output channels, a variance) from noisy latents, timestep and image embedding."""
 
@@ -272,8 +264,13 @@ class UNet(Network):
         channels, heads = config.channels, config.head_dims
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], config.embedding_dim)
-        self.encoder_hid_proj = ImageProjection(config)
-        self.add_embedding = AddedEmbedding(config)
+        image, text, width = config.image_embed_dim, config.text_dim, config.embedding_dim
+        if text is None:
+            self.encoder_hid_proj: nn.Module = ImageProjection(image, config.cross_attention_dim)
+            self.add_embedding: nn.Module = ImageEmbedding(image, width, config.hint)
+        else:
+            self.encoder_hid_proj = TextImageProjection(image, text, config.cross_attention_dim)
+            self.add_embedding = TextImageEmbedding(image, image, width)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         skips = [channels[0]]
         for i, width in enumerate(channels):
@@ -307,19 +304,28 @@ class UNet(Network):
             if isinstance(m, AddedKVAttention)
         ]
 
-    def context(self, image_embeds: Tensor, timesteps: Tensor, hint: Tensor | None = None) -> tuple[Tensor, ...]:
+    def context(
+        self,
+        image_embeds: Tensor,
+        timesteps: Tensor,
+        hint: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        text_states: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """What a whole request shares.
 
-        image_embeds [B, E], timesteps [T], hint [B, 3, 8H, 8W] in [0, 1] ->
-        embedding [T, B, 4C] (activated), added_kv [B, 32, 2·sum of the attention layers' channels], and with a hint
+        image_embeds [B, E], timesteps [T], hint [B, 3, 8H, 8W] in [0, 1]; text_embeds [B, E] and
+        text_states [B, 77, W] where the network is conditioned by text ->
+        embedding [T, B, 4C] (activated), added_kv [B, tokens, 2·sum of the attention layers' channels], and with a hint
         concat_latents [B, 4, H, W]; all fp32.
         """
-        embedding = F.silu(self.time_embedding(timesteps)[:, None] + self.add_embedding(image_embeds)[None])
-        tokens = self.encoder_hid_proj(image_embeds)
+        pooled = [image_embeds] if text_embeds is None else [image_embeds, text_embeds]
+        embedding = F.silu(self.time_embedding(timesteps)[:, None] + self.add_embedding(*pooled)[None])
+        tokens = self.encoder_hid_proj(*([image_embeds] if text_states is None else [image_embeds, text_states]))
         added_kv = torch.cat([layer.added(tokens) for layer in self.attentions()], dim=-1)
         if hint is None:
             return embedding, added_kv
-        return embedding, added_kv, self.add_embedding.input_hint_block(hint)
+        return embedding, added_kv, cast("ImageEmbedding", self.add_embedding).input_hint_block(hint)
 
     def step(self, sample: Tensor, embedding: Tensor, added_kv: Tensor, concat_latents: Tensor | None = None) -> Tensor:
         """One denoising step: sample [B, 4, H, W], embedding [B, 4C] -> prediction [B, out_channels, H, W], fp32."""
@@ -351,7 +357,7 @@ class UNet(Network):
                 x = resample(x, embedding)
         return cast("Tensor", self.conv_out(F.silu(self.conv_norm_out(x))).float())
 
-    def forward(self, sample: Tensor, timestep: Tensor, image_embeds: Tensor, hint: Tensor | None = None) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
         """The undivided network, as diffusers runs it: one timestep [1] for the whole batch."""
-        embedding, added_kv, *concat_latents = self.context(image_embeds, timestep, hint)
+        embedding, added_kv, *concat_latents = self.context(timesteps=timestep, **conditions)
         return self.step(sample, embedding[0], added_kv, *concat_latents)

@@ -13,7 +13,8 @@ import numpy as np
 from ..miniature.captions import caption
 from ..miniature.trials import SIDE
 from ..miniature.world import random_scene
-from ..random_checkpoint import CONFIGS, PRIOR, SPECIAL_TOKENS, byte_symbols
+from ..random_checkpoint import CONFIGS, PRIOR
+from ..random_tokenizers import SPECIAL_TOKENS, byte_symbols
 
 EMBEDDING = 160
 TOKENS = 32  # the longest caption has 29

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...export.modules.unet import LATENT_CHANNELS, AddedKVAttention, ResnetBlock, UNet, UNetConfig
+from ...export.modules.conditioning import LATENT_CHANNELS
+from ...export.modules.unet import AddedKVAttention, ResnetBlock, UNet, UNetConfig
 from ...runtime.masks import latent_mask
 from ...runtime.noise_schedule import NoiseSchedule
 from ..miniature.masks import object_mask, random_mask

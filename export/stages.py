@@ -1,0 +1,148 @@
+"""The two stages of a bundle, prior and decoder: which networks they have, and what the manifest says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engines.errors import CheckpointError
+from ..engines.manifest import DecoderRecord, Precision, PriorRecord, PromptRecord, Role, TokenizerRecord
+from .checkpoint import Checkpoint, SubModel, roles
+from .draft import Draft, file_record, save_arrays
+from .families import family_of
+from .network import Job, SourceNetwork
+from .tokenizer import export_tokenizer
+
+TOKENIZER = "tokenizer.json"
+
+
+def network_sources(checkpoint: Checkpoint, storage: Precision | None = None) -> dict[str, SourceNetwork]:
+    """Every network of a checkpoint by submodel, configs and tensor names checked before any work begins.
+
+    `storage` is what weights are stored in where that is not what graphs compute in.
+    """
+    components: dict[str, tuple[str, dict[str, str]]] = {}
+    for role in roles(checkpoint):
+        if role == "prior":
+            components["prior"] = "prior", {"context": "prior_context", "step": "prior_step"}
+            components["text_encoder"] = "text_encoder", {"": "text_encoder"}
+            components["image_encoder"] = "image_encoder", {"": "image_encoder"}
+        else:
+            if "prompt_encoder" in checkpoint.submodels:
+                components["prompt_encoder"] = "prompt_encoder", {"": "prompt_encoder"}
+            components["movq"] = "movq", {"encoder": "movq_encoder", "decoder": "movq_decoder"}
+            components["unet"] = role, {"context": f"{role}_context", "step": f"{role}_step"}
+    return {
+        key: SourceNetwork(Job(name, checkpoint.submodels[key], checkpoint.variant, graphs), storage)
+        for key, (name, graphs) in components.items()
+    }
+
+
+def add_prior(draft: Draft, checkpoint: Checkpoint, networks: Mapping[str, SourceNetwork]) -> None:
+    """Add prior, text and image encoder, tokenizer, scheduler, image preprocessing and statistics."""
+    submodels = checkpoint.submodels
+    draft.tokenizer = add_tokenizer(draft.folder, submodels["tokenizer"], networks)
+    for key in ("text_encoder", "prior", "image_encoder"):
+        draft.add(networks[key])
+    draft.report("embedding the zero image")
+    draft.schedulers["prior"] = dict(submodels["prior_scheduler"].config)
+    draft.image_processor = dict(submodels["image_processor"].config)
+    draft.prior = PriorRecord(
+        text_encoder="text_encoder",
+        image_encoder="image_encoder",
+        context="prior_context",
+        step="prior_step",
+        scheduler="prior",
+        statistics=save_arrays(draft.folder, "weights/statistics.safetensors", statistics(networks)),
+        embedding_dim=networks["prior"].config.embedding_dim,
+    )
+
+
+def add_tokenizer(folder: Path, tokenizer: SubModel, networks: Mapping[str, SourceNetwork]) -> TokenizerRecord:
+    """Write tokenizer.json; CheckpointError where it, the text encoder and the prior differ in the number of tokens."""
+    text = networks["text_encoder"].config.values
+    positions, expected = text["max_position_embeddings"], networks["prior"].config.text_tokens
+    info = export_tokenizer(
+        tokenizer.folder, folder / TOKENIZER, tokenizer.class_name, vocab_size=text["vocab_size"], max_length=positions
+    )
+    if {info.max_length, positions} != {expected}:
+        raise CheckpointError(
+            f"{tokenizer.folder}: model_max_length is {info.max_length}, the text encoder has {positions} positions, "
+            f"and the prior takes {expected} tokens; these must be equal"
+        )
+    return TokenizerRecord(file_record(folder, TOKENIZER), info.max_length, info.pad_token_id)
+
+
+def statistics(networks: Mapping[str, SourceNetwork]) -> dict[str, NDArray[Any]]:
+    """Mean and deviation of image embeddings, and the embedding of a zero pixel tensor.
+
+    diffusers 0.42.1, `KandinskyV22PriorPipeline.get_zero_embed`: zeros stand for the normalised pixels, so this is not
+    the embedding of a black picture.
+    """
+    encoder = networks["image_encoder"]
+    (session,) = encoder.sessions().values()
+    (spec,) = session.inputs
+    zeros = np.zeros([1, *(axis for axis in spec.shape if isinstance(axis, int))], np.float32)
+    prior = networks["prior"]
+    return {
+        "clip_mean": prior.read("clip_mean").float().numpy(),
+        "clip_std": prior.read("clip_std").float().numpy(),
+        "zero_image_embeds": session(**{spec.name: zeros})["image_embeds"],
+    }
+
+
+def add_decoder(draft: Draft, checkpoint: Checkpoint, networks: Mapping[str, SourceNetwork], role: Role) -> None:
+    """Add what reads prompts, MoVQ, UNet and schedulers; what the bundle has already is not stored again."""
+    family, unet = family_of(checkpoint.family), networks["unet"]
+    prompt = add_prompt(draft, checkpoint, networks, role)
+    movq = draft.add_common("movq", networks["movq"], role)
+    draft.add(unet)
+    draft.schedulers[role] = dict(checkpoint.submodels["scheduler"].config)
+    others = {f"{role}_ddpm": key for key in ("ddpm_scheduler",) if key in checkpoint.submodels}
+    draft.schedulers.update({name: dict(checkpoint.submodels[key].config) for name, key in others.items()})
+    scale, size = networks["movq"].config.scale, checkpoint.submodels["unet"].config.get("sample_size")
+    draft.decoders[role] = DecoderRecord(
+        context=unet.job.components["context"],
+        step=unet.job.components["step"],
+        movq_encoder=movq["encoder"],
+        movq_decoder=movq["decoder"],
+        scheduler=role,
+        embedding_dim=width(unet, "image_embeds"),
+        scale=scale,
+        # diffusers rounds sizes to scale² (64 pixels); a UNet with more levels than that allows needs its own multiple
+        size_multiple=scale * max(unet.config.size_multiple, scale),
+        # diffusers allows a pair as well, which no checkpoint has: it is only a default
+        default_size=scale * (size if type(size) is int and size > 0 else family.sample_size),
+        prompt=prompt,
+        schedulers=tuple(others),
+    )
+
+
+def add_prompt(
+    draft: Draft, checkpoint: Checkpoint, networks: Mapping[str, SourceNetwork], role: Role
+) -> PromptRecord | None:
+    """Add the text encoder of a decoder and its tokenizer; None where the decoder reads no prompt."""
+    source, submodels = networks.get("prompt_encoder"), checkpoint.submodels
+    if source is None:
+        return None
+    encoder = draft.add_common("prompt_encoder", source, role)[""]
+    tokenizer, file = submodels["prompt_tokenizer"], f"{encoder}_tokenizer.json"
+    info = export_tokenizer(
+        tokenizer.folder,
+        draft.folder / file,
+        tokenizer.class_name,
+        vocab_size=submodels["prompt_encoder"].config["vocab_size"],
+        length=family_of(checkpoint.family).prompt_tokens,
+    )
+    record = TokenizerRecord(file_record(draft.folder, file), info.max_length, info.pad_token_id)
+    return PromptRecord(encoder, record, states_dim=width(source, "text_states") or 0)
+
+
+def width(source: SourceNetwork, name: str) -> int | None:
+    """The last axis of a tensor that goes in or out of any of a network's graphs; None where there is none so named."""
+    specs = (spec for graph in source.graphs.values() for spec in (*graph.inputs, *graph.outputs))
+    return next((spec.shape[-1] for spec in specs if spec.name == name and isinstance(spec.shape[-1], int)), None)
