@@ -173,9 +173,9 @@ class Manifest:
         records += [self.reference] if self.reference else []
         return {record.file: record for record in records}
 
-    def prompts(self) -> Mapping[str, PromptRecord]:
-        """What reads the prompts of decoders, by component."""
-        return {record.prompt.encoder: record.prompt for record in self.decoders.values() if record.prompt}
+    def prompts(self) -> Mapping[Role, PromptRecord]:
+        """What reads the prompts of decoders, by role."""
+        return {role: record.prompt for role, record in self.decoders.items() if record.prompt}
 
     def component_files(self, name: str) -> list[FileRecord]:
         """The graph and the weights of one component."""
@@ -208,6 +208,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     except (msgspec.ValidationError, UnicodeDecodeError) as error:
         raise BundleError(f"{where} is damaged: {error}; export the bundle again") from error
     problems = dangling(manifest) + unsafe(manifest) + odd_tensors(manifest)
+    problems += odd_prompts(manifest) if not problems else []
     if problems:
         raise BundleError(f"{where} is damaged: {'; '.join(problems)}; export the bundle again")
     return manifest
@@ -263,6 +264,22 @@ def odd_tensors(manifest: Manifest) -> list[str]:
             for tensor in tensors
             if not all(axis > 0 if isinstance(axis, int) else axis for axis in tensor.shape)
         ]
+    return problems
+
+
+def odd_prompts(manifest: Manifest) -> list[str]:
+    """Prompts whose record says other than their text encoder, or than another record says of the same file."""
+    problems, known = [], dict[str, FileRecord]()
+    for role, prompt in manifest.prompts().items():
+        component, tokenizer = manifest.components[prompt.encoder], prompt.tokenizer
+        shapes = {tensor.name: tensor.shape for tensor in (*component.inputs, *component.outputs)}
+        for name, said in (("input_ids", tokenizer.max_length), ("text_states", prompt.states_dim)):
+            if said not in shapes.get(name, ())[-1:]:
+                problems.append(
+                    f"decoders.{role}.prompt says {said} of {prompt.encoder}'s {name}, it has {shapes.get(name)}"
+                )
+        if known.setdefault(tokenizer.file.file, tokenizer.file) != tokenizer.file:
+            problems.append(f"{tokenizer.file.file} is recorded twice, differently")
     return problems
 
 

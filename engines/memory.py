@@ -35,28 +35,37 @@ def weights_memory(manifest: Manifest, names: Iterable[str], precision: Precisio
     return sum(manifest.components[name].parameters for name in names) * WEIGHT_BYTES[precision]
 
 
-def check_fits(manifest: Manifest, name: str, opened: Sequence[str], *, stages: bool) -> None:
-    """Raise BackendError where the weights of `name`, with those of what is open on the CPU, exceed this machine.
+def check_fits(manifest: Manifest, names: Sequence[str], *, stages: bool) -> None:
+    """Raise BackendError where the weights of components that a CPU is to hold exceed this machine.
 
-    stages: whether components are closed when their stage is over. The message says what is needed, and what fits.
+    stages: one at a time, as they are closed when their stage is over; else all together. The message says what is
+    needed, and what fits.
     """
-    limit, needed = machine_memory(), weights_memory(manifest, [name, *opened])
-    if limit is None or needed <= limit:
+    limit, each = machine_memory(), {name: weights_memory(manifest, [name]) for name in names}
+    if limit is None or not each:
         return
-    alone = weights_memory(manifest, [name])
-    if alone <= limit and not stages:
-        most = max(weights_memory(manifest, [each]) for each in manifest.components)
+    largest = max(each, key=each.__getitem__)
+    most, limit_text = gigabytes(each[largest]), gigabytes(limit)
+    if each[largest] > limit:
+        half = gigabytes(weights_memory(manifest, [largest], "fp16"))
+        states = ", or give what it would say (prompt_embeds), made elsewhere"
         raise BackendError(
-            f"{name}: its weights take {gigabytes(alone)}, with those of what is open ({', '.join(opened)}) "
-            f"{gigabytes(needed)}, and this machine has {gigabytes(limit)}; memory='stage' (--memory stage) closes "
-            f"each network when its stage is over, and takes {gigabytes(most)} of weights at most"
+            f"{largest}: its weights take {most} on a CPU, which holds them in fp32, and this machine has "
+            f"{limit_text}, too little for any memory mode; run it on a machine with more, or on a GPU, where a bundle "
+            f"in fp16 or bf16 takes {half}{states if reads_prompts_alone(manifest, largest) else ''}"
         )
-    half = weights_memory(manifest, [name], "fp16")
-    raise BackendError(
-        f"{name}: its weights take {gigabytes(needed)} on a CPU, which holds them in fp32, and this machine has "
-        f"{gigabytes(limit)}, too little for any memory mode; run it on a machine with more, or on a GPU, where a "
-        f"bundle in fp16 or bf16 takes {gigabytes(half)}"
-    )
+    if not stages and sum(each.values()) > limit:
+        raise BackendError(
+            f"{', '.join(each)}: their weights take {gigabytes(sum(each.values()))} together, and this machine has "
+            f"{limit_text}; memory='stage' (--memory stage) closes each network when its stage is over, and takes "
+            f"{most} of weights at most"
+        )
+
+
+def reads_prompts_alone(manifest: Manifest, name: str) -> bool:
+    """Whether a component reads the prompts of a decoder that takes nothing else."""
+    records = (record for record in manifest.decoders.values() if record.embedding_dim is None)
+    return any(record.prompt is not None and record.prompt.encoder == name for record in records)
 
 
 def gigabytes(size: int) -> str:

@@ -172,7 +172,8 @@ def batch_rows(manifest: Manifest, name: str, batch: Extent) -> Extent:
     if name in decoders:
         return least, 2 * best, 2 * greatest
     prior = manifest.prior
-    if name in manifest.prompts() or (prior is not None and name in (prior.text_encoder, prior.context)):
+    encoders = {prompt.encoder for prompt in manifest.prompts().values()}
+    if name in encoders or (prior is not None and name in (prior.text_encoder, prior.context)):
         return 1, 2, 4 * greatest
     if prior is not None and name == prior.step:
         return least, 2 * best, 4 * greatest

@@ -58,6 +58,7 @@ class Draft:
     decoders: dict[Role, DecoderRecord] = field(default_factory=dict)
     prior: PriorRecord | None = None
     tokenizer: TokenizerRecord | None = None
+    prompt_tokenizers: dict[Role, TokenizerRecord] = field(default_factory=dict)
     image_processor: dict[str, Any] | None = None
     networks: list[SourceNetwork] = field(default_factory=list)
     # submodel, and hash of config and weights -> components

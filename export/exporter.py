@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint, open_checkpoint, roles
 from .draft import Draft, save_arrays, save_manifest
 from .network import STORAGES, Report, SourceNetwork, Writer
 from .output import check_output, new_folder
-from .stages import add_decoder, add_prior, network_sources, width
+from .stages import add_decoder, add_prior, add_tokenizers, network_sources, width
 
 # Makes reference pictures from a finished folder and PyTorch sessions: name -> array, or nothing.
 MakeReference = Callable[[Path, Mapping[str, Session]], Mapping[str, NDArray[Any]]]
@@ -58,6 +58,8 @@ def export_bundle(
     with new_folder(output, overwrite) as folder, closing(Writer(precision)) as writer:
         (folder / "weights").mkdir()
         draft = Draft(folder, precision, storage, check, report, writer)
+        for checkpoint, networks in zip(opened, sources, strict=True):
+            add_tokenizers(draft, checkpoint, networks)
         for checkpoint, networks in zip(opened, sources, strict=True):
             draft.start(networks, roles(checkpoint)[-1])
         for checkpoint, networks in zip(opened, sources, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .families import family_of
 from .network import Job, SourceNetwork
 from .tokenizer import export_tokenizer
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, PROMPT_TOKENIZER = "tokenizer.json", "prompt_tokenizer.json"
 
 
 def network_sources(checkpoint: Checkpoint, storage: Precision | None = None) -> dict[str, SourceNetwork]:
@@ -42,10 +43,18 @@ def network_sources(checkpoint: Checkpoint, storage: Precision | None = None) ->
     }
 
 
+def add_tokenizers(draft: Draft, checkpoint: Checkpoint, networks: Mapping[str, SourceNetwork]) -> None:
+    """Write the tokenizers of a checkpoint, before any network: it takes a moment, and much can be wrong with them."""
+    for role in roles(checkpoint):
+        if role == "prior":
+            draft.tokenizer = add_tokenizer(draft.folder, checkpoint.submodels["tokenizer"], networks)
+        elif "prompt_encoder" in networks:
+            draft.prompt_tokenizers[role] = add_prompt_tokenizer(draft, checkpoint, role)
+
+
 def add_prior(draft: Draft, checkpoint: Checkpoint, networks: Mapping[str, SourceNetwork]) -> None:
-    """Add prior, text and image encoder, tokenizer, scheduler, image preprocessing and statistics."""
+    """Add prior, text and image encoder, scheduler, image preprocessing and statistics."""
     submodels = checkpoint.submodels
-    draft.tokenizer = add_tokenizer(draft.folder, submodels["tokenizer"], networks)
     for key in ("text_encoder", "prior", "image_encoder"):
         draft.add(networks[key])
     draft.report("embedding the zero image")
@@ -98,7 +107,7 @@ def statistics(networks: Mapping[str, SourceNetwork]) -> dict[str, NDArray[Any]]
 def add_decoder(draft: Draft, checkpoint: Checkpoint, networks: Mapping[str, SourceNetwork], role: Role) -> None:
     """Add what reads prompts, MoVQ, UNet and schedulers; what the bundle has already is not stored again."""
     family, unet = family_of(checkpoint.family), networks["unet"]
-    prompt = add_prompt(draft, checkpoint, networks, role)
+    prompt = add_prompt(draft, networks, role)
     movq = draft.add_common("movq", networks["movq"], role)
     draft.add(unet)
     draft.schedulers[role] = dict(checkpoint.submodels["scheduler"].config)
@@ -122,24 +131,44 @@ def add_decoder(draft: Draft, checkpoint: Checkpoint, networks: Mapping[str, Sou
     )
 
 
-def add_prompt(
-    draft: Draft, checkpoint: Checkpoint, networks: Mapping[str, SourceNetwork], role: Role
-) -> PromptRecord | None:
-    """Add the text encoder of a decoder and its tokenizer; None where the decoder reads no prompt."""
-    source, submodels = networks.get("prompt_encoder"), checkpoint.submodels
-    if source is None:
-        return None
-    encoder = draft.add_common("prompt_encoder", source, role)[""]
-    tokenizer, file = submodels["prompt_tokenizer"], f"{encoder}_tokenizer.json"
+def add_prompt_tokenizer(draft: Draft, checkpoint: Checkpoint, role: Role) -> TokenizerRecord:
+    """Write the tokenizer of a decoder's prompts; one that another decoder has too is there once.
+
+    Raises CheckpointError where it and the text encoder disagree.
+    """
+    tokenizer, config = (checkpoint.submodels[key] for key in ("prompt_tokenizer", "prompt_encoder"))
+    file = f"{role}_{PROMPT_TOKENIZER}"
     info = export_tokenizer(
         tokenizer.folder,
         draft.folder / file,
         tokenizer.class_name,
-        vocab_size=submodels["prompt_encoder"].config["vocab_size"],
+        vocab_size=config.config["vocab_size"],
         length=family_of(checkpoint.family).prompt_tokens,
     )
-    record = TokenizerRecord(file_record(draft.folder, file), info.max_length, info.pad_token_id)
-    return PromptRecord(encoder, record, states_dim=width(source, "text_states") or 0)
+    pad = config.config.get("pad_token_id")
+    if pad not in (None, info.pad_token_id):
+        raise CheckpointError(
+            f"{tokenizer.folder}: the padding token has the id {info.pad_token_id}, and the text encoder's "
+            f"pad_token_id is {pad}: they are not from one checkpoint"
+        )
+    written = file_record(draft.folder, file)
+    for other in draft.prompt_tokenizers.values():
+        if other.file.sha256 == written.sha256:
+            info.path.unlink()
+            return other
+    if not draft.prompt_tokenizers:
+        info.path.rename(draft.folder / PROMPT_TOKENIZER)
+        written = replace(written, file=PROMPT_TOKENIZER)
+    return TokenizerRecord(written, info.max_length, info.pad_token_id)
+
+
+def add_prompt(draft: Draft, networks: Mapping[str, SourceNetwork], role: Role) -> PromptRecord | None:
+    """Add the text encoder of a decoder; None where the decoder reads no prompt."""
+    source = networks.get("prompt_encoder")
+    if source is None:
+        return None
+    encoder = draft.add_common("prompt_encoder", source, role)[""]
+    return PromptRecord(encoder, draft.prompt_tokenizers[role], states_dim=width(source, "text_states") or 0)
 
 
 def width(source: SourceNetwork, name: str) -> int | None:

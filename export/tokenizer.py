@@ -103,8 +103,13 @@ def check_files(folder: Path, class_name: str) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read the tokenizer files of {folder}: {error}") from error
     match content:
-        case {"model": {"type": str(found)}} if found != kind.model:
+        case {"model": {"type": str(found)}} if found == kind.model:
+            return
+        case {"model": {"type": str(found)}}:
             raise CheckpointError(f"{file}: expected a {kind.model} model, as a {class_name} has, found {found}")
+        case {"model": dict()}:  # that of old files has no type
+            return
+    raise CheckpointError(f"{file}: expected an object with a model, as the tokenizers library writes it")
 
 
 def check_merges(folder: Path) -> None:

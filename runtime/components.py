@@ -80,11 +80,18 @@ class Components:
         move = mover(session, self.choices[name].device if name in self.choices else None)
         return session, {key: move(array) for key, array in arrays.items()}
 
+    def check_memory(self, *names: str) -> None:
+        """Raise BackendError where those of components `names` that a CPU runs do not fit into its memory.
+
+        With memory "keep" they have to fit together, and with what is open already.
+        """
+        stages = self._memory == "stage"
+        held = dict.fromkeys([*(() if stages else self._open), *names])
+        on_cpu = [name for name in held if name in self.choices and self.choices[name].device == "cpu"]
+        check_fits(self.bundle.manifest, on_cpu, stages=stages)
+
     def _open_component(self, name: str) -> Session:
         choice = self.choices[name]
-        if choice.device == "cpu":
-            opened = [other for other in self._open if other in self.choices and self.choices[other].device == "cpu"]
-            check_fits(self.bundle.manifest, name, opened, stages=self._memory == "stage")
         return open_component(
             self.bundle,
             name,

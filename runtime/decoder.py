@@ -58,7 +58,7 @@ class Decoder:
     def __init__(self, components: Components) -> None:
         self._components, manifest = components, components.bundle.manifest
         self._family = family_of(manifest)
-        self._readers = {name: PromptReader(components, record) for name, record in manifest.prompts().items()}
+        self._readers = {role: PromptReader(components, record) for role, record in manifest.prompts().items()}
         for record in manifest.decoders.values():  # a scheduler that cannot be used is refused when it is loaded
             record_scheduler(components.bundle, record, None)
 
@@ -107,6 +107,7 @@ class Decoder:
             steps=steps, guidance_scale=guidance_scale, count=count, scheduler=scheduler, latents=latents,
         )  # fmt: skip
         plan = make_plan(self._components.bundle, request)
+        self._components.check_memory(*plan.components)
         source = noise_source(seed, noise)
         final = self._denoise(plan, row_noise(source, len(plan.conditions)), callback)
         return Result(self._decode(plan.record, final), final, source.seed)
@@ -121,7 +122,9 @@ class Decoder:
         record = self._components.bundle.manifest.decoders.get("decoder")
         if record is None or record.prompt is None or record.embedding_dim is not None:
             raise InputError(f"encode_prompt: {self._family.title}'s decoder does not take prompt_embeds")
-        return self._readers[record.prompt.encoder].embeds(request_texts(prompt, negative_prompt, None, None))
+        texts = request_texts(prompt, negative_prompt, None, None)
+        self._components.check_memory(record.prompt.encoder)
+        return self._readers["decoder"].embeds(texts)
 
     def _denoise(self, plan: Plan, draw: Noise, callback: Callback | None) -> NDArray[np.float32]:
         """The final latents [B, 4, H/8, W/8]."""
@@ -152,10 +155,10 @@ class Decoder:
 
     def _texts(self, plan: Plan) -> dict[str, NDArray[np.float32]]:
         """What the context graph takes of texts, [negative; positive] with guidance; nothing where it reads none."""
-        prompt, embeds, text = plan.record.prompt, plan.conditions.embeds, plan.conditions.text
-        if prompt is None or text is None:
+        embeds, text = plan.conditions.embeds, plan.conditions.text
+        if text is None:
             return {}
-        reader = self._readers[prompt.encoder]
+        reader = self._readers[plan.role]
         if isinstance(text, Texts) and embeds is not None:
             encoded = reader.encoded([*(text.negative or ()), *text.positive])
             return {name: encoded[name] for name in ("text_embeds", "text_states")}

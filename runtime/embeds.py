@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ class Embeds:
     family: FamilyName | None = None
 
     def __post_init__(self) -> None:
+        if self.family not in (None, *get_args(FamilyName)):
+            known = ", ".join(map(repr, get_args(FamilyName)))
+            raise InputError(f"family: expected one of {known} or None, found {self.family!r}")
         for name in ("image_embeds", "negative_image_embeds"):
             value = getattr(self, name)
             if value is not None:
@@ -51,9 +54,17 @@ class Embeds:
 
 def checked(name: str, value: Any) -> NDArray[np.float32]:
     """`value` as float32 [B, D]; InputError where it is not that."""
-    array = np.asarray(value)
+    array = as_array(value)
     if array.ndim != 2 or 0 in array.shape or array.dtype.kind != "f":
         raise InputError(f"{name}: expected floats [batch, dim], found {array.dtype}{list(array.shape)}")
     if not np.isfinite(array).all():
         raise InputError(f"{name}: expected finite values, found NaN or infinity")
     return array.astype(np.float32)
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """`value` as an array; one that is no array of numbers, such as rows of different lengths, as one of objects."""
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError):
+        return np.array(None, dtype=object)

@@ -162,7 +162,8 @@ class Kandinsky:
         placeholder = prior.placeholder(prompt, count)
         if any(record.prompt is not None for record in self.manifest.decoders.values()):
             settings["prompt"] = prompt
-        make_plan(self._components.bundle, Request(placeholder, **settings))
+        plan = make_plan(self._components.bundle, Request(placeholder, **settings))
+        self._components.check_memory(*prior.components[:-1], *plan.components)
         row_noise(source, len(placeholder))  # the number of seeds too
         embeds = prior(
             prompt, negative_prompt=negative_prompt, count=count, noise=source, callback=callback, **of_prior

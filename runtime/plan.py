@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..engines.bundle import Bundle
 from ..engines.errors import BundleError, InputError
-from ..engines.manifest import DecoderRecord, Role
+from ..engines.manifest import DecoderRecord, PromptRecord, Role
 from .embeds import Embeds
 from .families import FAMILIES, PURPOSES, Family, family_of
 from .images import image_pixels, open_image, picture_size
@@ -88,6 +88,14 @@ class Plan:
     mask: NDArray[np.float32] | None
     hint: NDArray[np.float32] | None
     latents: NDArray[np.float32] | None
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components that it runs, in order."""
+        record, texts = self.record, isinstance(self.conditions.text, Texts)
+        prompt = (record.prompt.encoder,) if record.prompt is not None and texts else ()
+        encoder = () if self.pixels is None else (record.movq_encoder,)
+        return (*prompt, *encoder, record.context, record.step, record.movq_decoder)
 
     @property
     def latents_shape(self) -> tuple[int, int, int, int]:
@@ -174,7 +182,7 @@ def checked_conditions(family: Family, record: DecoderRecord, request: Request, 
     if record.prompt is None:
         return Conditions(embeds, None)
     if request.prompt is None:
-        return Conditions(embeds, checked_states(request, record.prompt.states_dim))
+        return Conditions(embeds, checked_states(request, record.prompt))
     shared = None if embeds is None else len(request.embeds)
     found = request_texts(request.prompt, request.negative_prompt, shared, family.empty_text)
     return Conditions(embeds, (found if guided else replace(found, negative=None)).repeated(request.count))
@@ -203,7 +211,7 @@ def check_taken(decoder: str, record: DecoderRecord, request: Request) -> None:
         raise InputError(f"{' and '.join(states)}: only with prompt_embeds in place of the prompt")
 
 
-def checked_states(request: Request, width: int) -> PromptEmbeds:
+def checked_states(request: Request, record: PromptRecord) -> PromptEmbeds:
     """The states that stand for prompts, `request.count` rows for each."""
     if request.negative_prompt is not None:
         raise InputError("negative_prompt: with prompt_embeds, give negative_prompt_embeds and their mask")
@@ -213,9 +221,11 @@ def checked_states(request: Request, width: int) -> PromptEmbeds:
         request.negative_prompt_embeds,
         request.negative_attention_mask,
     )
-    if found.prompt_embeds.shape[2] != width:
+    _, tokens, width = found.prompt_embeds.shape
+    if width != record.states_dim or tokens > record.tokenizer.max_length:
         raise InputError(
-            f"prompt_embeds: this decoder takes {width} values a token, found {found.prompt_embeds.shape[2]}"
+            f"prompt_embeds: this decoder takes up to {record.tokenizer.max_length} tokens of {record.states_dim} "
+            f"values, found {tokens} of {width}"
         )
     return found.repeated(request.count)
 
@@ -224,9 +234,10 @@ def check_embeds(embeds: Any, family: Family, record: DecoderRecord, guided: boo
     """Raise InputError unless they are Embeds of this family, with negative ones where those are needed."""
     if not isinstance(embeds, Embeds):
         found = "none" if embeds is None else "a prompt" if isinstance(embeds, str) else type(embeds).__name__
+        also = "" if record.prompt is None else ", prompt=prompt"
         raise InputError(
             f"embeds: {family.title}'s decoder takes what k.prior gives, or Embeds(image_embeds, ...), found {found}; "
-            "call k(prompt), or k.decoder(k.prior(prompt))"
+            f"call k(prompt), or k.decoder(k.prior(prompt){also})"
         )
     made = None if embeds.family is None else FAMILIES[embeds.family]
     if made is not None and made is not family:

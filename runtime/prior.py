@@ -49,6 +49,12 @@ class Prior:
         self._scheduler: Scheduler = scheduler_from_config(manifest.schedulers[record.scheduler])
         self._cache = TextCache()
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Those that it runs, the image encoder, which only pictures need, last."""
+        record = self._record
+        return record.text_encoder, record.context, record.step, record.image_encoder
+
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         record = self._tokenizer_record
@@ -100,6 +106,7 @@ class Prior:
             raise InputError("latents and image were both given; an image replaces the starting noise")
         start = None if latents is None else check_latents(latents, shape)
         pictures = [] if image is None else self._pictures(image, len(texts) // count)
+        self._components.check_memory(*(self.components if pictures else self.components[:-1]))
         clean = self._image_embeds(pictures)
         x = np.asarray(draw(shape)) if start is None else start
         if clean:
@@ -281,7 +288,7 @@ class Prior:
     @staticmethod
     def _negatives(negative_prompt: str | Sequence[str], prompts: int) -> list[str]:
         negatives = check_prompts(negative_prompt, "negative_prompt")
-        if isinstance(negative_prompt, str):
+        if len(negatives) == 1:
             return negatives * prompts
         if len(negatives) != prompts:
             raise InputError(

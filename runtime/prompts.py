@@ -14,6 +14,7 @@ from ..engines.errors import InputError
 from ..engines.manifest import PromptRecord
 from ..engines.session import Array
 from .components import Components
+from .embeds import as_array
 from .sampling import check_finite
 from .texts import TextCache
 from .tokenizer import Tokenizer, check_prompts
@@ -151,10 +152,9 @@ def request_texts(
         negative = None if empty_text is None else [empty_text]
     else:
         negative = check_prompts(negative_prompt, "negative_prompt")
-        if len(negative) not in (1, len(positive)):
-            raise InputError(
-                f"negative_prompt: expected one, or one for each of {len(positive)} prompts, found {len(negative)}"
-            )
+        if len(negative) not in (1, len(positive), rows):
+            each = f"{len(positive)} prompts" if rows == len(positive) else f"{rows} embeddings"
+            raise InputError(f"negative_prompt: expected one, or one for each of {each}, found {len(negative)}")
 
     def spread(texts: list[str]) -> list[str]:
         return [text for text in texts for _ in range(rows // len(texts))]
@@ -164,7 +164,7 @@ def request_texts(
 
 def checked_states(name: str, value: Any) -> F32:
     """`value` as float32 [B, N, W]; InputError where it is not that, or not finite."""
-    array = np.asarray(value)
+    array = as_array(value)
     if array.ndim != 3 or 0 in array.shape or array.dtype.kind != "f":
         raise InputError(f"{name}: expected floats [batch, tokens, width], found {array.dtype}{list(array.shape)}")
     if not np.isfinite(array).all():
@@ -174,7 +174,7 @@ def checked_states(name: str, value: Any) -> F32:
 
 def checked_mask(name: str, value: Any, shape: tuple[int, ...]) -> F32:
     """`value` as float32 of ones and zeros in `shape`; InputError where it is not that."""
-    array = np.asarray(value)
+    array = as_array(value)
     if array.shape != shape or array.dtype.kind not in "biuf" or not np.isin(array, (0, 1)).all():
         raise InputError(f"{name}: expected ones and zeros {list(shape)}, found {array.dtype}{list(array.shape)}")
     return array.astype(np.float32)

@@ -248,6 +248,51 @@ def test_a_combined_checkpoint_is_both_its_halves(
     assert combined.schedulers["prior"] == apart.schedulers["prior"]
 
 
+@pytest.fixture
+def decoders_2_1(checkpoints: dict[str, Path], tmp_path: Path) -> list[Path]:
+    """2.1's decoder and inpainting decoder, to be changed."""
+    return [Path(shutil.copytree(checkpoints[name], tmp_path / name)) for name in ("decoder-2-1", "inpaint-2-1")]
+
+
+def change_tokenizer(checkpoint: Path, change: Callable[[Any], None]) -> None:
+    file = checkpoint / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), "utf-8")
+
+
+def test_decoders_keep_their_own_tokenizers(decoders_2_1: list[Path], untraced: list[str], tmp_path: Path) -> None:
+    """Equal text encoders are stored once, and so are equal tokenizers; others each have their file."""
+    alike = open_bundle(export_bundle(decoders_2_1, tmp_path / "alike", check=False)).manifest.prompts()
+    assert alike["decoder"] == alike["inpaint"]
+    change_tokenizer(decoders_2_1[1], lambda content: content["model"]["vocab"][50].__setitem__(1, -3.5))
+    bundle = open_bundle(export_bundle(decoders_2_1, tmp_path / "apart", check=False))
+    prompts = bundle.manifest.prompts()
+    assert prompts["decoder"].encoder == prompts["inpaint"].encoder
+    assert prompts["decoder"].tokenizer == alike["decoder"].tokenizer
+    assert prompts["inpaint"].tokenizer.file.file != prompts["decoder"].tokenizer.file.file
+    bundle.check_hashes()
+
+
+def test_tokenizers_are_read_before_any_network(
+    decoders_2_1: list[Path], untraced: list[str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    (decoders_2_1[0] / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks sentencepiece\.bpe\.model, and has no tokenizer\.json"):
+        export_bundle([checkpoints["prior-2-1"], decoders_2_1[0]], tmp_path / "bundle", check=False)
+    assert untraced == []
+
+
+def test_the_tokenizer_of_another_family_is_refused(
+    decoders_2_1: list[Path], untraced: list[str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Both are Unigram models of about as many ids; the padding token's id tells them apart."""
+    shutil.copy(checkpoints["decoder-3"] / "tokenizer" / "tokenizer.json", decoders_2_1[0] / "tokenizer")
+    with pytest.raises(CheckpointError, match=r"padding token has the id 0, and the text encoder's pad_token_id is 1"):
+        export_bundle(decoders_2_1[:1], tmp_path / "bundle", check=False)
+    assert untraced == []
+
+
 def test_packages_that_are_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draft, "TOOLS", ("kandrt", "no-such-package-of-this-name"))
     assert [draft.tool_version(tool) is None for tool in draft.TOOLS] == [False, True]

@@ -92,7 +92,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken vocabulary": (lambda at: (at / "vocab.json").write_text('{"a": '), "cannot read the tokenizer files"),
     "vocabulary is a list": (lambda at: (at / "vocab.json").write_text("[]"), "expected an object from tokens to ids"),
     "merges of another": (lambda at: (at / "merges.txt").write_text("#version\nzq qz\n"), "the merge 'zq qz'"),
-    "broken tokenizer.json": (lambda at: (at / "tokenizer.json").write_text("{}"), "cannot read the tokenizer files"),
+    "broken tokenizer.json": (lambda at: (at / "tokenizer.json").write_text("{}"), "expected an object with a model"),
     "no length": (lambda at: edit(at / "tokenizer_config.json", model_max_length=None), "expected a model_max_length"),
     "too long": (lambda at: edit(at / "tokenizer_config.json", model_max_length=78), "is 78, the text encoder has 77"),
 }
@@ -299,7 +299,10 @@ UNIGRAM_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "broken tokenizer.json": (lambda at: (at / "tokenizer.json").write_text("{"), "cannot read the tokenizer files"),
     "tokenizer.json that says nothing": (
-        lambda at: (at / "tokenizer.json").write_text("{}"), "cannot read the tokenizer files"
+        lambda at: (at / "tokenizer.json").write_text("{}"), "expected an object with a model"
+    ),
+    "tokenizer.json that is a list": (
+        lambda at: (at / "tokenizer.json").write_text("[]"), "expected an object with a model"
     ),
     "tokenizer.json of CLIP": (
         lambda at: (at / "tokenizer.json").write_text('{"model": {"type": "BPE"}}'), "expected a Unigram model, .*BPE$"

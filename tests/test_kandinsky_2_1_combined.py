@@ -170,7 +170,12 @@ def test_defaults_in_one_call(bundle_2_1: Path, kind: str, monkeypatch: pytest.M
     """Image-to-image has another default guidance than by itself; the prior's are its own."""
     theirs = defaults(getattr(diffusers, f"Kandinsky{kind.replace('Pipeline', 'CombinedPipeline')}").__call__)
     seen: list[Plan] = []
-    monkeypatch.setattr(pipeline, "make_plan", lambda *given: seen.append(make_plan(*given)))
+
+    def noted(*given: Any) -> Plan:
+        seen.append(make_plan(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(pipeline, "make_plan", noted)
     with pytest.raises(AssertionError, match="a network ran"):
         without_networks(bundle_2_1)(A, **FROM[kind])
     check_defaults(seen[0], theirs)

@@ -28,6 +28,8 @@ SPREAD: dict[str, tuple[tuple[Any, Any, int | None, str | None], Texts]] = {
     "one negative": ((["a", "b"], "x", None, None), Texts(["a", "b"], ["x", "x"])),
     "no negative": ((["a", "b"], None, None, ""), Texts(["a", "b"], ["", ""])),
     "shared": ((["a", "b"], ["x", "y"], 4, ""), Texts(["a", "a", "b", "b"], ["x", "x", "y", "y"])),
+    "one in a list": ((["a", "b"], ["x"], None, None), Texts(["a", "b"], ["x", "x"])),
+    "a negative for each embedding": (("a", ["x", "y"], 2, ""), Texts(["a", "a"], ["x", "y"])),
     "one for all": (("a", "x", 3, ""), Texts(["a"] * 3, ["x"] * 3)),
 }
 
@@ -53,7 +55,8 @@ def test_texts_repeat_in_succession() -> None:
         ((["a"] * 4, None, 2, ""), "prompt: expected one, or as many as share 2 embeddings equally, found 4"),
         (("a", 3, None, None), "negative_prompt: expected text or a list of texts, found int"),
         (("a", [], None, None), "negative_prompt: expected at least one text"),
-        ((["a", "b"], ["x"] * 4, 4, ""), "negative_prompt: expected one, or one for each of 2 prompts, found 4"),
+        ((["a", "b"], ["x"] * 3, 4, ""), "negative_prompt: expected one, or one for each of 4 embeddings, found 3"),
+        ((["a", "b"], ["x"] * 3, None, ""), "negative_prompt: expected one, or one for each of 2 prompts, found 3"),
     ],
 )
 def test_bad_texts(arguments: tuple[Any, ...], message: str) -> None:
@@ -173,7 +176,7 @@ REFUSED: list[tuple[str, Arguments, str]] = [
     ("3", {"attention_mask": WIDE_MASK}, "prompt: Kandinsky 3's decoder needs one, or prompt_embeds"),
     (
         "3", {"prompt_embeds": WIDE[..., :40], "attention_mask": WIDE_MASK},
-        "prompt_embeds: this decoder takes 72 values a token, found 40",
+        "prompt_embeds: this decoder takes up to 128 tokens of 72 values, found . of 40",
     ),
     (
         "3", {"prompt_embeds": WIDE, "attention_mask": WIDE_MASK, "negative_prompt": "x"},
@@ -231,3 +234,25 @@ def test_what_a_family_does_not_have(
 ) -> None:
     with pytest.raises(BundleError, match=message):
         made(request, family)("a", **arguments)
+
+
+def test_rows_of_different_lengths_are_no_array() -> None:
+    with pytest.raises(InputError, match=r"prompt_embeds: expected floats \[batch, tokens, width\], found object"):
+        PromptEmbeds([[1.0], [1.0, 2.0]], [[1]])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"attention_mask: expected ones and zeros \[1, 2\], found object"):
+        PromptEmbeds(np.zeros((1, 2, 3), np.float32), [[1], [1, 0]])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"image_embeds: expected floats \[batch, dim\], found object"):
+        Embeds([[1.0], [1.0, 2.0]])  # type: ignore[arg-type]
+
+
+def test_a_family_that_is_none() -> None:
+    with pytest.raises(InputError, match=r"family: expected one of 'kandinsky-2-1', .* or None, found 'foo'"):
+        Embeds(np.zeros((1, 4), np.float32), None, "foo")  # type: ignore[arg-type]
+
+
+def test_more_tokens_than_an_engine_takes(bundle_3: Path) -> None:
+    with (
+        without_networks(bundle_3) as k,
+        pytest.raises(InputError, match=r"takes up to 128 tokens of 72 values, found 200 of 72"),
+    ):
+        k(prompt_embeds=np.zeros((1, 200, 72), np.float32), attention_mask=np.ones((1, 200)))

@@ -23,10 +23,12 @@ BOOKKEEPING = {
 # training, and generating text.
 TRANSFORMERS_BOOKKEEPING = (
     "architectures", "attention_probs_dropout_prob", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout",
-    "dropout_rate", "dtype", "eos_token_id", "hidden_dropout_prob", "id2label", "initializer_factor",
-    "initializer_range", "label2id", "output_attentions", "output_hidden_states", "output_past", "pad_token_id",
-    "problem_type", "return_dict", "task_specific_params", "tie_word_embeddings", "torch_dtype",
-    "transformers_version", "use_cache",
+    "diversity_penalty", "dropout_rate", "dtype", "eos_token_id", "hidden_dropout_prob", "id2label",
+    "initializer_factor", "initializer_range", "label2id", "length_penalty", "max_length", "min_length", "modelBase",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions",
+    "output_hidden_states", "output_past", "pad_token_id", "problem_type", "repetition_penalty", "return_dict",
+    "task_specific_params", "temperature", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k",
+    "top_p", "torch_dtype", "transformers_version", "typical_p", "use_cache", "use_return_dict",
 )  # fmt: skip
 
 
@@ -41,7 +43,7 @@ def check_config(
 
     `read` are the fields that the caller uses, `fixed` those that may only have the values given (absent means the
     first of them), `required` those that must be present. A field that is in none of them is accepted only where it
-    says nothing (null, false, or bookkeeping).
+    says nothing (null, false, empty, or bookkeeping).
     """
     problems = [f"{field}: missing" for field in required if field not in config]
     for field, value in config.items():
@@ -50,7 +52,7 @@ def check_config(
         if field in fixed:
             if value not in fixed[field]:
                 problems.append(f"{field}: expected {' or '.join(map(repr, fixed[field]))}, found {value!r}")
-        elif value is not None and value is not False:
+        elif value is not None and value is not False and value not in ([], {}):
             problems.append(f"{field}: unknown field, found {value!r}")
     if problems:
         raise CheckpointError(f"{network}: unsupported config: {'; '.join(problems)}")
