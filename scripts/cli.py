@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import build, doctor, engines, export, generate, inspect, verify
+from .bench import command as bench
 from .console import FAILED, INTERRUPTED, discard_stdout, guarded
 
 
@@ -55,6 +56,7 @@ def add(to: typer.Typer, name: str, command: Callable[..., None], usage: str, ex
 
 for module in (export, build, generate, inspect, verify, doctor):
     add(app, module.__name__.rpartition(".")[2], module.command, module.USAGE, module.EXAMPLE)
+add(app, "bench", bench.command, bench.USAGE, bench.EXAMPLE)
 engines_app = typer.Typer(
     help="List the engines of a bundle, and remove those of no use.", no_args_is_help=True, rich_markup_mode="rich"
 )

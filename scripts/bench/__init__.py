@@ -1,0 +1,1 @@
+"""The benchmark: kandrt and what users would take instead, side by side in one run."""

@@ -1,0 +1,206 @@
+"""What `kandrt bench` measures: cases, their inputs, contenders, comparison, the machine, what a case costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kandrt.engines.bundle import open_bundle
+from kandrt.engines.errors import InputError
+from kandrt.engines.manifest import Manifest
+from kandrt.runtime.miniature import MINIATURE
+from kandrt.scripts.bench import contenders as known
+from kandrt.scripts.bench.case_costs import case_costs, graph_runs
+from kandrt.scripts.bench.cases import (
+    CASES,
+    SeededNoise,
+    components_of,
+    make_case,
+    make_inputs,
+    possible_cases,
+)
+from kandrt.scripts.bench.contenders import CONTENDERS, Source, find_sources, unable, unable_in
+from kandrt.scripts.bench.machine import (
+    convolution,
+    cpu_name,
+    inspect_machine,
+    matrix_product,
+    measured_peaks,
+    open_model,
+)
+from kandrt.scripts.bench.measure import compare
+
+PARTS = {"prior": "prior", "decoder": "decoder", "controlnet": "controlnet"}
+
+
+@pytest.fixture(scope="module")
+def manifest() -> Manifest:
+    return open_bundle(MINIATURE).manifest
+
+
+# Cases
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("step", (1, 128, 128)),
+        ("step@64", (1, 64, 64)),
+        ("step@64x192", (1, 64, 192)),
+        ("step*4", (4, 128, 128)),
+        ("text-to-image@64*2", (2, 64, 64)),
+    ],
+)
+def test_a_case_is_named_with_its_sizes(manifest: Manifest, name: str, sizes: tuple[int, int, int]) -> None:
+    case = make_case(name, manifest)
+    assert (case.batch, case.height, case.width) == sizes
+    assert case.name == name
+    assert len(case.prompts) == len(set(case.prompts)) == case.batch
+
+
+def test_sizes_in_the_name_go_before_others(manifest: Manifest) -> None:
+    case = make_case("step@64*2", manifest, size=(192, 128), batch=3)
+    assert (case.batch, case.height, case.width) == (2, 64, 64)
+    case = make_case("step", manifest, size=(192, 128), batch=3)
+    assert (case.batch, case.height, case.width) == (3, 192, 128)
+
+
+@pytest.mark.parametrize("name", ["steps", "step@", "step@100", "step*0", "step@0", "", "step*2@64"])
+def test_a_case_that_cannot_be_is_refused(manifest: Manifest, name: str) -> None:
+    with pytest.raises(InputError, match="case"):
+        make_case(name, manifest)
+
+
+def test_a_bundle_is_asked_only_what_it_can(manifest: Manifest) -> None:
+    assert possible_cases(manifest) == list(CASES)
+    decoder = replace(manifest, prior=None, decoders={"decoder": manifest.decoders["decoder"]})
+    assert possible_cases(decoder) == ["step", "movq", "image-to-image", "cold-start"]
+    with pytest.raises(InputError, match="no prior"):
+        make_case("text-to-image", decoder)
+
+
+@pytest.mark.parametrize("bundle_name", ["miniature", "bundle_2_1", "bundle_3"])
+def test_inputs_are_the_same_every_time_and_fit_the_graphs(bundle_name: str, request: pytest.FixtureRequest) -> None:
+    found = open_bundle(MINIATURE if bundle_name == "miniature" else request.getfixturevalue(bundle_name)).manifest
+    for name in possible_cases(found):
+        case = make_case(f"{name}*2", found, size=(64, 128))
+        first, second = make_inputs(case, found), make_inputs(case, found)
+        assert first.keys() == second.keys()
+        assert all(np.array_equal(first[key], second[key]) for key in first)
+        assert set(components_of(case, found)) <= found.components.keys()
+        if case.stage == "step":
+            wanted = {spec.name: spec.shape for spec in found.components[found.decoders["decoder"].context].inputs}
+            given = {key.removeprefix("context."): array.shape for key, array in first.items() if key != "sample"}
+            assert given.keys() == wanted.keys()
+            assert all(len(given[key]) == len(wanted[key]) for key in wanted)
+            assert first["sample"].shape == (2, 4, 8, 16)
+
+
+def test_noise_starts_anew_with_each_run() -> None:
+    shapes = [(2, 3), (1, 4, 8, 8), (5,)]
+    one, other = SeededNoise(7), SeededNoise(7)
+    assert all(np.array_equal(one(shape), other(shape)) for shape in shapes)
+    assert not np.array_equal(SeededNoise(8)((9,)), SeededNoise(7)((9,)))
+
+
+# Contenders
+
+
+def test_checkpoints_are_found_by_what_they_hold(checkpoints: dict[str, Path], manifest: Manifest) -> None:
+    found = find_sources(manifest, [str(checkpoints[role]) for role in PARTS])
+    assert found == {part: Source(str(checkpoints[role])) for role, part in PARTS.items()}
+
+
+def test_a_folder_of_checkpoints_will_do(checkpoints: dict[str, Path], manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(checkpoints["decoder"])
+    (tmp_path / "other").mkdir()
+    assert find_sources(manifest, [str(tmp_path)]) == {"decoder": Source(str(tmp_path / "a"))}
+    with pytest.raises(InputError, match="model_index"):
+        find_sources(manifest, [str(tmp_path / "other")])
+
+
+def test_who_cannot_run_says_why(manifest: Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sources = {"decoder": Source("x")}
+    eager, bf16 = CONTENDERS["diffusers"], CONTENDERS["diffusers-bf16"]
+    assert "--checkpoint" in (unable(eager, manifest, {}) or "")
+    assert unable(eager, manifest, sources) is None
+    assert "no-such-module" in (unable(replace(eager, needs=("no-such-module",)), manifest, sources) or "")
+    assert unable(replace(eager, needs=("no-such-module",)), manifest, sources, other_python=True) is None
+    (tmp_path / "cpuinfo").write_text("flags : fpu avx2\n")
+    monkeypatch.setattr(known, "CPU_INFO", tmp_path / "cpuinfo")
+    assert "bf16" in (unable(bf16, manifest, sources) or "")
+    (tmp_path / "cpuinfo").write_text("flags : fpu avx512_bf16\n")
+    assert unable(bf16, manifest, sources) is None
+    assert "prior" in (unable_in(eager, make_case("text-to-image", manifest), manifest, sources) or "")
+    assert unable_in(eager, make_case("step", manifest), manifest, sources) is None
+    assert "movq and step" in (unable_in(CONTENDERS["onnx-plain"], make_case("prior", manifest), manifest, {}) or "")
+
+
+# Comparison
+
+
+def test_equal_results_pass_and_different_ones_do_not() -> None:
+    picture = np.random.default_rng(0).random((1, 8, 8, 3), np.float32)
+    assert compare({"picture": picture}, {"picture": picture}, ("fp32", "fp32")).found is None
+    near = compare({"picture": picture}, {"picture": picture + np.float32(1e-2)}, ("fp32", "fp32"))
+    assert near.found == pytest.approx(40, abs=1e-3)  # -20 log10(0.01), in float32
+    assert not near.passed
+    assert compare({"picture": picture}, {"picture": picture + np.float32(1e-2)}, ("fp32", "bf16")).passed
+
+
+def test_the_worst_array_counts() -> None:
+    one = {"a": np.ones(4, np.float32), "b": np.ones(4, np.float32)}
+    found = compare(one, {**one, "b": 1.5 * one["b"]}, ("bf16", "fp32"))
+    assert (found.what, found.found, found.passed) == ("relative error", pytest.approx(0.5), False)
+    assert not compare(one, {"a": one["a"]}, ("fp32", "fp32")).passed
+    assert not compare(one, {**one, "b": np.ones((4, 1), np.float32)}, ("fp32", "fp32")).passed
+
+
+# The machine
+
+
+def test_models_written_by_hand_compute_what_they_say() -> None:
+    draw = np.random.default_rng(0).standard_normal
+    weight, x = draw((8, 8), np.float32), draw((8, 8), np.float32)
+    (y,) = open_model(matrix_product(weight), 1).run(None, {"x": x})
+    np.testing.assert_allclose(y, x @ weight, rtol=1e-5, atol=1e-5)  # sums of 8 products in another order
+    kernel, x = draw((16, 16, 3, 3), np.float32), draw((2, 16, 5, 6), np.float32)
+    (y,) = open_model(convolution(kernel), 1).run(None, {"x": x})
+    expected = torch.nn.functional.conv2d(torch.from_numpy(x), torch.from_numpy(kernel), padding=1).numpy()
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)  # of 144 products
+
+
+def test_the_machine_is_described() -> None:
+    machine = inspect_machine(1, peaks=False)
+    assert machine.cores >= 1
+    assert machine.cpu == cpu_name() != ""
+    assert machine.libraries["torch"] == torch.__version__
+    assert machine.peaks == {}
+    assert all(value > 0 for value in measured_peaks(1, 16, [(16, 4)]).values())
+
+
+# What a case costs
+
+
+def test_a_picture_costs_what_its_parts_do(manifest: Manifest) -> None:
+    bundle = open_bundle(MINIATURE)
+
+    def flops(name: str, **sizes: int) -> int:
+        costs = case_costs(bundle, make_case(name, manifest, **sizes))  # type: ignore[arg-type]
+        assert costs is not None
+        return costs.flops
+
+    whole = flops("text-to-image", steps=7, prior_steps=3)
+    context = whole - flops("prior", prior_steps=3) - flops("movq") - 7 * flops("step")
+    assert 0 < context < flops("step")
+    assert flops("prior") < flops("prior-first")
+    assert case_costs(bundle, make_case("load", manifest)) is None
+
+
+def test_image_to_image_takes_a_share_of_the_steps(manifest: Manifest) -> None:
+    runs = graph_runs(open_bundle(MINIATURE), make_case("image-to-image", manifest, steps=10))
+    assert {each.component: each.runs for each in runs}["decoder_step"] == 3  # strength 0.3
