@@ -87,7 +87,7 @@ atexit.register(lambda: print("imported:", *[name for name in {HEAVY} if name in
 """
     stdout, stderr = start(code).communicate(timeout=60)
     assert stderr == ""
-    assert re.findall(r"^│ (\w+) ", stdout, re.MULTILINE) == [*COMMANDS, "engines"]
+    assert re.findall(r"^│ (\w+) ", stdout, re.MULTILINE) == [*COMMANDS, "bench", "engines"]
     assert stdout.endswith("imported:\n")
 
 
