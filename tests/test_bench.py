@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kandrt.engines import manifest as manifests
 from kandrt.engines.bundle import open_bundle
 from kandrt.engines.errors import InputError
 from kandrt.engines.manifest import Manifest
@@ -113,6 +114,18 @@ def test_noise_starts_anew_with_each_run() -> None:
 def test_checkpoints_are_found_by_what_they_hold(checkpoints: dict[str, Path], manifest: Manifest) -> None:
     found = find_sources(manifest, [str(checkpoints[role]) for role in PARTS])
     assert found == {part: Source(str(checkpoints[role])) for role, part in PARTS.items()}
+
+
+def test_the_unet_tells_what_a_decoder_is_for(checkpoints: dict[str, Path], manifest: Manifest) -> None:
+    """2.1's inpainting checkpoint has the class of its other decoder; in a bundle the order of checkpoints tells."""
+    folders = {"prior": "prior-2-1", "decoder": "decoder-2-1", "inpaint": "inpaint-2-1"}
+    expected = {part: Source(str(checkpoints[role])) for part, role in folders.items()}
+    assert find_sources(manifest, [source.folder for source in expected.values()]) == expected
+    kinds = ("KandinskyPriorPipeline", "KandinskyPipeline", "KandinskyPipeline")
+    sources = (manifests.Source(each.folder, kind) for each, kind in zip(expected.values(), kinds, strict=True))
+    decoders = dict.fromkeys(("decoder", "inpaint"), manifest.decoders["decoder"])
+    made = replace(manifest, family="kandinsky-2-1", sources=tuple(sources), decoders=decoders)
+    assert find_sources(made, []) == expected
 
 
 def test_a_folder_of_checkpoints_will_do(checkpoints: dict[str, Path], manifest: Manifest, tmp_path: Path) -> None:

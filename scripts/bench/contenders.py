@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from ...engines.errors import InputError
 from ...engines.manifest import Manifest, Precision, Role
+from ...export.families import FAMILIES, PRIOR, family_of
 from .cases import Case
 from .results import BASELINE
 
@@ -20,23 +21,6 @@ Part: TypeAlias = Literal["prior"] | Role
 # Flags of /proc/cpuinfo of CPUs with instructions for bf16: those of x86, and of Arm.
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "svebf16"}
 CPU_INFO = Path("/proc/cpuinfo")
-
-# Pipeline class -> the part that a checkpoint of it holds, by the family's name in `Manifest`.
-PIPELINE_PARTS: Mapping[str, Part] = {
-    "KandinskyPriorPipeline": "prior",
-    "KandinskyPipeline": "decoder",
-    "KandinskyImg2ImgPipeline": "decoder",
-    "KandinskyInpaintPipeline": "inpaint",
-    "KandinskyV22PriorPipeline": "prior",
-    "KandinskyV22PriorEmb2EmbPipeline": "prior",
-    "KandinskyV22Pipeline": "decoder",
-    "KandinskyV22Img2ImgPipeline": "decoder",
-    "KandinskyV22InpaintPipeline": "inpaint",
-    "KandinskyV22ControlnetPipeline": "controlnet",
-    "KandinskyV22ControlnetImg2ImgPipeline": "controlnet",
-    "Kandinsky3Pipeline": "decoder",
-    "Kandinsky3Img2ImgPipeline": "decoder",
-}
 
 
 @dataclass(frozen=True)
@@ -177,23 +161,40 @@ def find_sources(manifest: Manifest, folders: Iterable[str]) -> dict[Part, Sourc
         if not found:
             raise InputError(
                 f"checkpoint {folder}: expected a folder in diffusers' layout with one of "
-                f"{', '.join(PIPELINE_PARTS)} in its model_index.json, or a folder of such"
+                f"{', '.join(alone())} in its model_index.json, or a folder of such"
             )
         given.update(found)
     if given:
         return given
+    # The class does not tell what a decoder was trained for: 2.1's for inpainting is named as the other. An export adds
+    # decoders in the order of their checkpoints.
     made: dict[Part, Source] = {}
+    decoders, pipelines = iter(manifest.decoders), family_of(manifest.family).pipelines
     for source in manifest.sources:
-        part = PIPELINE_PARTS.get(source.kind)
-        if part is not None and (Path(source.checkpoint).is_dir() or source.revision is not None):
-            made[part] = Source(source.checkpoint, source.revision, source.variant)
+        stages = pipelines.get(source.kind, ())
+        name: Part | None = next(decoders, None) if "decoder" in stages else "prior"
+        there = Path(source.checkpoint).is_dir() or source.revision is not None
+        if name is not None and len(stages) == 1 and there:
+            made[name] = Source(source.checkpoint, source.revision, source.variant)
     return made
 
 
+def alone() -> list[str]:
+    """Pipeline classes of checkpoints that hold one stage."""
+    return [name for family in FAMILIES for name, stages in family.pipelines.items() if len(stages) == 1]
+
+
 def part_of(folder: Path) -> Part | None:
-    """What a checkpoint's folder holds, None where it is none."""
+    """What a checkpoint's folder holds, None where it is none, or holds two stages."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        return PIPELINE_PARTS.get(index["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError):
+        family = next(family for family in FAMILIES if index["_class_name"] in family.pipelines)
+        stages = family.pipelines[index["_class_name"]]
+        if len(stages) > 1:
+            return None
+        if stages == PRIOR:
+            return "prior"
+        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        return family.unets.get((unet.get("in_channels", 4), unet.get("addition_embed_type")))
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return None
