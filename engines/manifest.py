@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +51,21 @@ class GraphError:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How a graph came to compute in 8 bits: static scales of activations and weights, in the graph's own nodes.
+
+    layers are those in 8 bits, kept those that could be and were left in the graph's precision, by what was measured;
+    both by the name of their weight. samples is the number of calls whose activations set the scales, error the
+    relative L2 error of the output against the graph before, over calls that did not.
+    """
+
+    layers: tuple[str, ...]
+    kept: tuple[str, ...]
+    samples: Annotated[int, msgspec.Meta(ge=1)]
+    error: float
+
+
+@dataclass(frozen=True)
 class Component:
     """One graph: what goes in and out, which weights files it reads, at which precision it computes."""
 
@@ -61,6 +76,7 @@ class Component:
     precision: Precision
     parameters: Size
     error: GraphError | None = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -102,13 +118,25 @@ class PromptRecord:
 
 
 @dataclass(frozen=True)
+class FeatureReuse:
+    """Names of the two components that stand in for a decoder's step where deep features are used for several steps.
+
+    refresh takes and gives what the step does, and gives `features` beside; shallow takes `features` beside and runs
+    the outermost level alone.
+    """
+
+    refresh: str
+    shallow: str
+
+
+@dataclass(frozen=True)
 class DecoderRecord:
     """Names of the components that turn image embeddings, texts or both into pictures.
 
     embedding_dim is the width of image embeddings and None where none are taken, prompt None where no text is; scale
     is the pixels a latent cell in height and width, size_multiple what height and width in pixels must be divisible
     by, default_size the side of a picture as the checkpoint was trained for. scheduler is the checkpoint's own,
-    schedulers others whose configuration it brings.
+    schedulers others whose configuration it brings. reuse is there where the export was asked for it.
     """
 
     context: str
@@ -122,6 +150,7 @@ class DecoderRecord:
     default_size: Annotated[int, msgspec.Meta(ge=1)]
     prompt: PromptRecord | None = None
     schedulers: tuple[str, ...] = ()
+    reuse: FeatureReuse | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +259,8 @@ def dangling(manifest: Manifest) -> list[str]:
             uses += [(f"{where}.schedulers", name, manifest.schedulers) for name in record.schedulers]
             prompt = record.prompt
             uses += [(f"{where}.prompt.encoder", prompt.encoder, manifest.components)] if prompt else []
+            pair = asdict(record.reuse) if record.reuse else {}
+            uses += [(f"{where}.reuse.{n}", name, manifest.components) for n, name in pair.items()]
     problems = [f"{where} names {name!r}, which is not defined" for where, name, defined in uses if name not in defined]
     if manifest.prior is not None and (manifest.tokenizer is None or manifest.image_processor is None):
         problems.append("a prior needs tokenizer and image_processor")

@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+from .batching import Batch, Ticket
 from .decoder import Decoder, Result
 from .embeds import Embeds
 from .pipeline import Kandinsky, load
 from .prior import Prior
 from .prompts import PromptEmbeds
 
-__all__ = ["Decoder", "Embeds", "Kandinsky", "Prior", "PromptEmbeds", "Result", "load"]
+__all__ = ["Batch", "Decoder", "Embeds", "Kandinsky", "Prior", "PromptEmbeds", "Result", "Ticket", "load"]

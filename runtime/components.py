@@ -43,7 +43,8 @@ class Components:
             raise InputError(f"threads: expected a whole number of 1 or more, found {threads!r}")
         self.bundle = bundle
         self.precision: Precision = bundle.manifest.precision if precision is None else precision
-        self._memory, self._threads = memory, threads
+        self._memory: Memory = memory
+        self._threads = threads
         self._given = dict(sessions or {})
         unknown = sorted(self._given.keys() - bundle.manifest.components.keys())
         if unknown:
@@ -54,6 +55,11 @@ class Components:
         self._options = options_by_backend(options, self.choices)
         self._open: dict[str, Session] = {}
         self._closed = False
+
+    @property
+    def memory(self) -> Memory:
+        """Whether components are kept open, or closed after their stage."""
+        return self._memory
 
     @property
     def opened(self) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +19,12 @@ from .components import Components
 from .embeds import Embeds
 from .families import family_of
 from .images import ImageLike, to_array, to_pil
-from .noise import Noise
+from .noise import Noise, NoiseSource
 from .plan import Plan, Request, make_plan, record_scheduler
 from .prior import noise_source, row_noise
 from .prompts import PromptEmbeds, PromptReader, Texts, request_texts
-from .sampling import Callback, Inpaint, check_finite, denoise
+from .reuse import ReusedFeatures
+from .sampling import Callback, Denoising, Inpaint, StepInputs, check_finite, denoising, driven
 from .transfer import to_device, to_host
 
 MASKED = -10000.0  # what the graphs add to the scores of padding
@@ -45,6 +46,31 @@ class Result:
     def images(self) -> list[Image.Image]:
         """The pictures as PIL images."""
         return to_pil(self.array)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A request to a decoder that was checked and not begun.
+
+    embed: what runs the prior, whose embeddings take the place of the plan's; None where the plan's are those.
+    """
+
+    plan: Plan
+    source: NoiseSource
+    callback: Callback | None = None
+    embed: Callable[[], Embeds] | None = None
+
+    @property
+    def draw(self) -> Noise:
+        """What draws for its rows."""
+        return row_noise(self.source, len(self.plan.conditions))
+
+    def embedded(self) -> Work:
+        """The same after the prior, which is run where it has not been."""
+        if self.embed is None:
+            return self
+        conditions = replace(self.plan.conditions, embeds=self.embed())
+        return replace(self, plan=replace(self.plan, conditions=conditions), embed=None)
 
 
 class Decoder:
@@ -80,6 +106,8 @@ class Decoder:
         width: int | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        reuse_interval: int = 1,
         count: int = 1,
         scheduler: str | None = None,
         seed: int | Sequence[int] | None = None,
@@ -94,23 +122,72 @@ class Decoder:
         default 0.3) of the way. image and mask: inpainting, white is painted. hint: ControlNet, with image too for
         image-to-image. One picture serves the whole batch, of several each an equal share of it. height, width:
         pixels, rounded up to a multiple of 64; by default those of the hint, else of the image, else what the
-        checkpoint was trained for. steps, guidance_scale: by default the family's. scheduler: "ddpm", "ddim",
-        "dpmpp-2m", by default the checkpoint's own. latents: the starting noise [B, 4, H/8, W/8]. seed: an int, or one
-        a picture; noise: called as noise(shape) instead, once with the shape of the latents and then as the scheduler
-        asks.
+        checkpoint was trained for. steps, guidance_scale: by default the family's. guidance_interval: shares of the
+        steps that are taken; guidance is applied at step i of n, from 0, where start <= i / n < end, and the others
+        cost half (Kynkäänniemi et al. 2024, arXiv:2404.07724, in noise levels). reuse_interval: only every so many
+        steps run the whole network, those between its outermost level (Ma et al. 2023, arXiv:2312.00858); it needs a
+        bundle that was exported with feature_reuse. scheduler: "ddpm", "ddim", "dpmpp-2m", by default the checkpoint's
+        own. latents: the starting noise [B, 4, H/8, W/8]. seed: an int, or one a picture; noise: called as
+        noise(shape) instead, once with the shape of the latents and then as the scheduler asks.
 
         Raises InputError for arguments that cannot be used, before any network runs; NumericalError for NaN.
         """
-        request = Request(
-            embeds, prompt, negative_prompt, prompt_embeds, attention_mask, negative_prompt_embeds,
-            negative_attention_mask, image=image, mask=mask, hint=hint, strength=strength, height=height, width=width,
-            steps=steps, guidance_scale=guidance_scale, count=count, scheduler=scheduler, latents=latents,
+        work = self.prepare(
+            embeds, prompt=prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            attention_mask=attention_mask, negative_prompt_embeds=negative_prompt_embeds,
+            negative_attention_mask=negative_attention_mask, image=image, mask=mask, hint=hint, strength=strength,
+            height=height, width=width, steps=steps, guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval, reuse_interval=reuse_interval, count=count, scheduler=scheduler,
+            seed=seed, noise=noise, latents=latents, callback=callback,
         )  # fmt: skip
-        plan = make_plan(self._components.bundle, request)
+        return self.run(work)
+
+    def prepare(
+        self,
+        embeds: Embeds | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        noise: Noise | None = None,
+        callback: Callback | None = None,
+        **settings: Any,
+    ) -> Work:
+        """What `self(...)` is to do, by the same arguments, checked: for `run`, or for whoever drives several at once.
+
+        Raises InputError for arguments that cannot be used; no network runs.
+        """
+        plan = make_plan(self._components.bundle, Request(embeds, **settings))
         self._components.check_memory(*plan.components)
-        source = noise_source(seed, noise)
-        final = self._denoise(plan, row_noise(source, len(plan.conditions)), callback)
-        return Result(self._decode(plan.record, final), final, source.seed)
+        work = Work(plan, noise_source(seed, noise), callback)
+        row_noise(work.source, len(plan.conditions))  # the number of seeds is checked too
+        return work
+
+    def run(self, work: Work) -> Result:
+        """The pictures."""
+        work = work.embedded()
+        return self.finish(work, self._denoise(work.plan, work.draw, work.callback))
+
+    def begin(self, plan: Plan, draw: Noise) -> Denoising:
+        """The loop of a plan: what is run once a request has been run, the step graph is first opened by the loop."""
+        record, components = plan.record, self._components
+        told = self._texts(plan)
+        clean = None if plan.pixels is None else self._encode(record, plan.pixels, len(plan.conditions))
+        start: Array = np.asarray(draw(plan.latents_shape)) if plan.latents is None else plan.latents
+        with components.stage(plan.role, record.context):
+            context = components.run(record.context, **told, **self._context_inputs(plan))
+        if record.prompt is not None and "text_kv" in context:
+            context = padded(context, record.prompt.tokenizer.max_length)
+        return self._loop(plan, draw, clean, start, context)
+
+    def answers(self, plan: Plan) -> Callable[[StepInputs], Array]:
+        """What answers the loop of a plan: where features are reused that loop alone, else any of the same decoder."""
+        if plan.reuse is not None:
+            return ReusedFeatures(self._components, plan.reuse, plan.reuse_interval).predict
+        return lambda inputs: inputs.predicted(self._components[plan.record.step])
+
+    def finish(self, work: Work, latents: Array) -> Result:
+        """The pictures of final latents [B, 4, H/8, W/8]."""
+        final = to_host(latents)
+        return Result(self._decode(work.plan.record, final), final, work.source.seed)
 
     def encode_prompt(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None
@@ -126,32 +203,31 @@ class Decoder:
         self._components.check_memory(record.prompt.encoder)
         return self._readers["decoder"].embeds(texts)
 
-    def _denoise(self, plan: Plan, draw: Noise, callback: Callback | None) -> NDArray[np.float32]:
+    def _denoise(self, plan: Plan, draw: Noise, callback: Callback | None) -> Array:
         """The final latents [B, 4, H/8, W/8]."""
-        record, components = plan.record, self._components
-        told = self._texts(plan)
-        clean = None if plan.pixels is None else self._encode(record, plan.pixels, len(plan.conditions))
-        start: Array = np.asarray(draw(plan.latents_shape)) if plan.latents is None else plan.latents
-        with components.stage(plan.role, record.context):
-            context = components.run(record.context, **told, **self._context_inputs(plan))
-        if record.prompt is not None and "text_kv" in context:
-            context = padded(context, record.prompt.tokenizer.max_length)
-        with components.stage(plan.role, record.step):
-            step, context = components.placed(record.step, context)
-            embedding, inpaint, x = context.pop("embedding"), None, start
-            if clean is not None and plan.mask is not None:
-                latents, mask, start = (to_device(array, embedding) for array in (clean, plan.mask, start))
-                inpaint = Inpaint(latents, mask, start, self._family.pastes)
-            elif clean is not None:
-                x = self._family.start(plan.scheduler, clean, start, int(plan.timesteps[0]), plan.strength)
-            loop = denoise(
-                step, plan.scheduler, x, plan.timesteps, embedding, context,
-                scale=plan.scale, noise=draw, inpaint=inpaint,
-            )  # fmt: skip
-            for done, x in enumerate(loop, 1):
+        loop = self.begin(plan, draw)
+        with self._components.stage(plan.role, *plan.step_components):
+            for done, x in enumerate(driven(loop, self.answers(plan)), 1):
                 if callback is not None:
                     callback("decoder", done, len(plan.timesteps), x)
-        return to_host(x)
+        return x
+
+    def _loop(
+        self, plan: Plan, draw: Noise, clean: Array | None, start: Array, context: Mapping[str, Array]
+    ) -> Denoising:
+        """The steps: from noise `start`, or from clean latents of a picture, both [B, 4, H/8, W/8]."""
+        _, context = self._components.placed(plan.step_components[0], context)
+        embedding, inpaint, x = context.pop("embedding"), None, start
+        if clean is not None and plan.mask is not None:
+            latents, mask, start = (to_device(array, embedding) for array in (clean, plan.mask, start))
+            inpaint = Inpaint(latents, mask, start, self._family.pastes)
+        elif clean is not None:
+            x = self._family.start(plan.scheduler, clean, start, int(plan.timesteps[0]), plan.strength)
+        loop = denoising(
+            plan.scheduler, x, plan.timesteps, embedding, context,
+            scale=plan.scale, noise=draw, interval=plan.interval, inpaint=inpaint,
+        )  # fmt: skip
+        return (yield from loop)
 
     def _texts(self, plan: Plan) -> dict[str, NDArray[np.float32]]:
         """What the context graph takes of texts, [negative; positive] with guidance; nothing where it reads none."""

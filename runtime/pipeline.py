@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,13 +16,13 @@ from ..engines.errors import BundleError, InputError
 from ..engines.manifest import Manifest, Precision
 from ..engines.session import Session
 from .components import Components, Memory
-from .decoder import Decoder, Result
+from .decoder import Decoder, Result, Work
 from .families import family_of
 from .images import ImageLike
 from .miniature import MINIATURE
 from .noise import Noise, NoiseSource
-from .plan import Request, make_plan
-from .prior import Prior, check_scale, noise_source, row_noise
+from .plan import STATES
+from .prior import Prior, check_scale, noise_source
 from .prompts import PromptEmbeds
 from .sampling import Callback
 from .tokenizer import check_prompts
@@ -46,6 +47,11 @@ class Kandinsky:
     def precision(self) -> Precision:
         """What the networks compute in."""
         return self._components.precision
+
+    @property
+    def memory(self) -> Memory:
+        """Whether components are kept open between calls, or closed after their stage."""
+        return self._components.memory
 
     @property
     def choices(self) -> Mapping[str, Choice]:
@@ -100,6 +106,8 @@ class Kandinsky:
         width: int | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        reuse_interval: int = 1,
         prior_steps: int | None = None,
         prior_guidance_scale: float | None = None,
         count: int = 1,
@@ -120,29 +128,48 @@ class Kandinsky:
 
         Raises InputError for arguments that cannot be used, before any network runs; NumericalError for NaN.
         """
-        states: dict[str, Any] = {
-            "prompt_embeds": prompt_embeds, "attention_mask": attention_mask,
-            "negative_prompt_embeds": negative_prompt_embeds, "negative_attention_mask": negative_attention_mask,
-        }  # fmt: skip
-        settings: dict[str, Any] = {
-            "image": image, "mask": mask, "hint": hint, "strength": strength, "height": height, "width": width,
-            "steps": steps, "guidance_scale": guidance_scale, "scheduler": scheduler, "latents": latents,
-        }  # fmt: skip
+        work = self.prepare(
+            prompt, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds, attention_mask=attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds, negative_attention_mask=negative_attention_mask, image=image,
+            mask=mask, hint=hint, strength=strength, height=height, width=width, steps=steps,
+            guidance_scale=guidance_scale, guidance_interval=guidance_interval, reuse_interval=reuse_interval,
+            prior_steps=prior_steps, prior_guidance_scale=prior_guidance_scale, count=count, scheduler=scheduler,
+            seed=seed, noise=noise, prior_latents=prior_latents, latents=latents, callback=callback,
+        )  # fmt: skip
+        return self.decoder.run(work)
+
+    def prepare(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        prior_steps: int | None = None,
+        prior_guidance_scale: float | None = None,
+        prior_latents: NDArray[Any] | None = None,
+        count: int = 1,
+        seed: int | Sequence[int] | None = None,
+        noise: Noise | None = None,
+        callback: Callback | None = None,
+        **settings: Any,
+    ) -> Work:
+        """What `self(...)` is to do, by the same arguments, checked as a whole: for `decoder.run`, or for a `Batch`.
+
+        Raises InputError for arguments that cannot be used; no network runs.
+        """
         of_prior = {"steps": prior_steps, "guidance_scale": prior_guidance_scale, "latents": prior_latents}
         of_prior = {name: value for name, value in of_prior.items() if value is not None}
         source = noise_source(seed, noise)
         if "prior" in self._family.checkpoints:
-            given = [name for name, value in states.items() if value is not None]
+            given = [name for name in STATES if settings.get(name) is not None]
             if given:
                 raise InputError(f"{' and '.join(given)}: {self._family.title} does not take them; Kandinsky 3 does")
             return self._with_prior(check_prompts(prompt), negative_prompt, count, of_prior, settings, source, callback)
         if of_prior:
             named = " and ".join(f"prior_{name}" for name in of_prior)
             raise InputError(f"{named}: {self._family.title} has no prior")
-        return self.decoder(
-            prompt=prompt, negative_prompt=negative_prompt, **states, **settings, count=count, noise=source,
-            callback=callback,
-        )  # fmt: skip
+        return self.decoder.prepare(
+            prompt=prompt, negative_prompt=negative_prompt, **settings, count=count, noise=source, callback=callback
+        )
 
     def _with_prior(
         self,
@@ -153,22 +180,20 @@ class Kandinsky:
         settings: dict[str, Any],
         source: NoiseSource,
         callback: Callback | None,
-    ) -> Result:
-        """The decoder's pictures of the prior's embeddings; the request is checked as a whole before the prior runs."""
+    ) -> Work:
+        """The decoder's work on what the prior is to make of the prompts; checked as a whole before the prior runs."""
         prior, decoder = self.prior, self.decoder
         check_scale(of_prior.get("guidance_scale", 1.0), "prior_guidance_scale")
-        if settings["guidance_scale"] is None:  # diffusers' combined pipelines have one default for every mode
+        if settings.get("guidance_scale") is None:  # diffusers' combined pipelines have one default for every mode
             settings["guidance_scale"] = self._family.guidance_scale
-        placeholder = prior.placeholder(prompt, count)
         if any(record.prompt is not None for record in self.manifest.decoders.values()):
             settings["prompt"] = prompt
-        plan = make_plan(self._components.bundle, Request(placeholder, **settings))
-        self._components.check_memory(*prior.components[:-1], *plan.components)
-        row_noise(source, len(placeholder))  # the number of seeds too
-        embeds = prior(
-            prompt, negative_prompt=negative_prompt, count=count, noise=source, callback=callback, **of_prior
-        )
-        return decoder(embeds, **settings, noise=source, callback=callback)
+        work = decoder.prepare(prior.placeholder(prompt, count), **settings, noise=source, callback=callback)
+        self._components.check_memory(*prior.components[:-1], *work.plan.components)
+        of_prior = {
+            **of_prior, "negative_prompt": negative_prompt, "count": count, "noise": source, "callback": callback,
+        }  # fmt: skip
+        return replace(work, embed=lambda: prior(prompt, **of_prior))
 
     def close(self) -> None:
         """Close every open component; calling it again does nothing."""

@@ -12,13 +12,14 @@ from PIL import Image
 
 from ..engines.bundle import Bundle
 from ..engines.errors import BundleError, InputError
-from ..engines.manifest import DecoderRecord, PromptRecord, Role
+from ..engines.manifest import DecoderRecord, FeatureReuse, PromptRecord, Role
 from .embeds import Embeds
 from .families import FAMILIES, PURPOSES, Family, family_of
 from .images import image_pixels, open_image, picture_size
 from .masks import hint_pixels, latent_mask
-from .prior import check_count, check_latents, check_scale
+from .prior import check_count, check_latents, check_scale, is_number
 from .prompts import PromptEmbeds, Texts, request_texts
+from .sampling import Interval, guided_steps
 from .schedulers import Scheduler, scheduler_from_config, scheduler_of
 
 DEFAULT_STRENGTH = 0.3
@@ -46,6 +47,8 @@ class Request:
     width: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    reuse_interval: int = 1
     count: int = 1
     scheduler: str | None = None
     latents: NDArray[Any] | None = None
@@ -72,7 +75,8 @@ class Plan:
     """A request to a decoder, checked; height and width in pixels.
 
     pixels [N, 3, H, W] in [-1, 1] each serve an equal share of the batch; of mask [B, 1, H/8, W/8] (1 = keep) and hint
-    [B, 3, H, W] each picture has its own row. scale is None without guidance.
+    [B, 3, H, W] each picture has its own row. scale is None without guidance; interval, None for all steps, where it is
+    applied. reuse, None where every step is a whole one, names what runs in place of the step graph.
     """
 
     role: Role
@@ -84,6 +88,9 @@ class Plan:
     timesteps: NDArray[np.int64]
     strength: float
     scale: float | None
+    interval: Interval | None
+    reuse: FeatureReuse | None
+    reuse_interval: int
     pixels: NDArray[np.float32] | None
     mask: NDArray[np.float32] | None
     hint: NDArray[np.float32] | None
@@ -95,7 +102,12 @@ class Plan:
         record, texts = self.record, isinstance(self.conditions.text, Texts)
         prompt = (record.prompt.encoder,) if record.prompt is not None and texts else ()
         encoder = () if self.pixels is None else (record.movq_encoder,)
-        return (*prompt, *encoder, record.context, record.step, record.movq_decoder)
+        return (*prompt, *encoder, record.context, *self.step_components, record.movq_decoder)
+
+    @property
+    def step_components(self) -> tuple[str, ...]:
+        """Those that it runs once a step, the whole network first."""
+        return (self.record.step,) if self.reuse is None else (self.reuse.refresh, self.reuse.shallow)
 
     @property
     def latents_shape(self) -> tuple[int, int, int, int]:
@@ -128,6 +140,7 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
         for each, of in zip(masks, cycled(images, masks), strict=True)
     ]
     rows, steps = len(conditions), family.steps if request.steps is None else request.steps
+    timesteps = sampler.timesteps(steps, strength if request.from_image else 1.0)
     plan = Plan(
         role=role,
         record=record,
@@ -135,9 +148,12 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
         conditions=conditions,
         height=height,
         width=width,
-        timesteps=sampler.timesteps(steps, strength if request.from_image else 1.0),
+        timesteps=timesteps,
         strength=strength,
         scale=float(guidance_scale) + family.guidance_offset if guided else None,
+        interval=checked_interval(request.guidance_interval, len(timesteps), guided),
+        reuse=checked_reuse(request.reuse_interval, bundle, role, record),
+        reuse_interval=request.reuse_interval,
         pixels=stacked([image_pixels(each, height, width) for each in images], len(images)),
         mask=stacked(kept, rows),
         hint=stacked([hint_pixels(each, height, width) for each in hints], rows),
@@ -145,6 +161,45 @@ def make_plan(bundle: Bundle, request: Request) -> Plan:
     )
     latents = request.latents
     return plan if latents is None else replace(plan, latents=check_latents(latents, plan.latents_shape))
+
+
+def checked_interval(interval: Any, steps: int, guided: bool) -> Interval | None:
+    """Where guidance is applied, as two floats; InputError where it is none, where it is off, or at no step."""
+    if interval is None:
+        return None
+    pair = isinstance(interval, list | tuple) and len(interval) == 2 and all(map(is_number, interval))
+    if not pair or not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError(
+            "guidance_interval: expected two numbers, start and end, with 0 <= start < end <= 1, shares of the steps; "
+            f"found {interval!r}"
+        )
+    if not guided:
+        raise InputError("guidance_interval: guidance is off; raise guidance_scale above 1, or leave it out")
+    start, end = float(interval[0]), float(interval[1])
+    if not any(guided_steps(steps, (start, end))):
+        raise InputError(
+            f"guidance_interval: none of {steps} steps begins in [{start:g}, {end:g}); widen it, take more steps, or "
+            "turn guidance off with guidance_scale=1"
+        )
+    return start, end
+
+
+def checked_reuse(interval: Any, bundle: Bundle, role: Role, record: DecoderRecord) -> FeatureReuse | None:
+    """What runs in place of the step graph, None for an interval of 1; InputError where the bundle has no such."""
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise InputError(f"reuse_interval: expected a whole number of 1 or more, found {interval!r}")
+    if interval == 1:
+        return None
+    if record.reuse is None:
+        family, sources = family_of(bundle.manifest), bundle.manifest.sources
+        if "prior" not in family.checkpoints:
+            raise InputError(f"reuse_interval: {family.title} has no graphs for it; leave it out")
+        checkpoints = " ".join(source.checkpoint for source in sources)
+        raise InputError(
+            f"reuse_interval: {bundle.folder} has no graphs for it in its {role}; export them as well: "
+            f"kandrt export {checkpoints} --feature-reuse -o BUNDLE"
+        )
+    return record.reuse
 
 
 def decoder_for(bundle: Bundle, request: Request) -> tuple[Role, DecoderRecord]:

@@ -55,6 +55,10 @@ class Prior:
         record = self._record
         return record.text_encoder, record.context, record.step, record.image_encoder
 
+    def forget(self) -> None:
+        """Let go of what was kept of the empty prompt: the next request encodes it again."""
+        self._cache = TextCache()
+
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         record = self._tokenizer_record

@@ -79,6 +79,23 @@ def command(
             show_default=False,
         ),
     ] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="START END",
+            help="Guide only from START to END, shares of the steps from 0 to 1; the other steps cost half.",
+            show_default=False,
+        ),
+    ] = None,
+    reuse_interval: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Run the whole decoder at every Nth step alone, its outermost level between; by default at each. The "
+            "bundle must be of `kandrt export --feature-reuse`.",
+            show_default=False,
+        ),
+    ] = 1,
     prior_steps: Annotated[
         int | None,
         typer.Option(help="Steps of the prior, which Kandinsky 3 does not have; by default 25.", show_default=False),
@@ -142,7 +159,8 @@ def command(
         check_prompt(prompt)
     settings: dict[str, Any] = {
         "negative_prompt": negative_prompt, "image": image, "mask": mask, "hint": hint, "strength": strength,
-        "height": height, "width": width, "steps": steps, "guidance_scale": guidance_scale, "prior_steps": prior_steps,
+        "height": height, "width": width, "steps": steps, "guidance_scale": guidance_scale,
+        "guidance_interval": guidance_interval, "reuse_interval": reuse_interval, "prior_steps": prior_steps,
         "prior_guidance_scale": prior_guidance_scale, "count": count, "scheduler": scheduler, "seed": seed,
     }  # fmt: skip
     engines: dict[str, Any] = {
@@ -303,8 +321,12 @@ def metadata(
 
     role: Role = "inpaint" if settings["mask"] else "controlnet" if settings["hint"] else "decoder"
     height, width = result.array.shape[1:3]
-    names = ("negative_prompt", "steps", "guidance_scale", "prior_steps", "prior_guidance_scale", "strength")
+    names = (
+        "negative_prompt", "steps", "guidance_scale", "guidance_interval", "prior_steps", "prior_guidance_scale",
+        "strength",
+    )  # fmt: skip
     facts = {"prompt": prompt} | {name: str(settings[name]) for name in names if settings[name] is not None}
+    facts |= {"reuse_interval": str(settings["reuse_interval"])} if settings["reuse_interval"] > 1 else {}
     return facts | {
         "seed": str(result.seed),
         "scheduler": settings["scheduler"] or schedulers(manifest, manifest.decoders[role].scheduler)[0],

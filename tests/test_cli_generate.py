@@ -203,7 +203,7 @@ def test_defaults_are_those_of_the_python_surface() -> None:
     surface, opening = (inspect.signature(function).parameters for function in (Kandinsky.__call__, load))
     options = inspect.signature(generate.command).parameters
     shared = [name for name in options if name in surface or name in opening]
-    assert len(shared) == 19
+    assert len(shared) == 21
     several = {"backend", "device"}  # options that may be repeated: without one they are None
     assert [generate.by_component(name, None, opening[name].default) for name in sorted(several)] == [
         "onnxruntime",
