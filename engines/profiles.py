@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from .errors import InputError
-from .manifest import Manifest
+from .manifest import DecoderRecord, Manifest
 from .spec import TensorSpec
 
 # The least, the most frequent and the greatest length: TensorRT's min, opt and max.
@@ -138,7 +138,7 @@ def axis_lengths(manifest: Manifest, name: str, coverage: Coverage) -> list[dict
         size = (size[1], size[1], size[1])
     cells: Extent = (size[0] // scale, size[1] // scale, size[2] // scale)
     tokens = max((prompt.tokenizer.max_length for prompt in manifest.prompts().values()), default=1)
-    steps = {record.step for record in manifest.decoders.values()}
+    steps = {name for record in manifest.decoders.values() for name in step_components(record)}
     sides: dict[str, Extent] = {
         "height": cells, "width": cells, "image_height": size, "image_width": size, "timesteps": MAX_TIMESTEPS,
         "tokens": (tokens if name in steps else 1, tokens, tokens),  # the runtime pads those of a step
@@ -153,10 +153,15 @@ def axis_lengths(manifest: Manifest, name: str, coverage: Coverage) -> list[dict
     return [{**sides, "batch": rows}]
 
 
+def step_components(record: DecoderRecord) -> tuple[str, ...]:
+    """Those of a decoder that run once a step: its step, and what stands in for it where features are reused."""
+    return (record.step,) if record.reuse is None else (record.step, record.reuse.refresh, record.reuse.shallow)
+
+
 def repeated_components(manifest: Manifest) -> frozenset[str]:
     """Those that run once a step or once a picture."""
     decoders = manifest.decoders.values()
-    names = {name for record in decoders for name in (record.step, record.movq_decoder)}
+    names = {name for record in decoders for name in (*step_components(record), record.movq_decoder)}
     return frozenset(names | ({manifest.prior.step} if manifest.prior else set()))
 
 
@@ -168,7 +173,8 @@ def batch_rows(manifest: Manifest, name: str, batch: Extent) -> Extent:
     encoder run one picture at a time.
     """
     least, best, greatest = batch
-    decoders = {name for record in manifest.decoders.values() for name in (record.context, record.step)}
+    records = manifest.decoders.values()
+    decoders = {name for record in records for name in (record.context, *step_components(record))}
     if name in decoders:
         return least, 2 * best, 2 * greatest
     prior = manifest.prior

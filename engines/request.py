@@ -37,6 +37,12 @@ class Request:
         return self.bundle.path(self.component.graph)
 
     @property
+    def weights(self) -> tuple[Path, ...]:
+        """Where the weights lie that the component's graph reads."""
+        manifest = self.bundle.manifest
+        return tuple(self.bundle.path(manifest.weights[name]) for name in self.component.weights)
+
+    @property
     def computes(self) -> Precision:
         """What the component's fp32 layers are to compute in."""
         return "fp32" if self.name in contexts(self.bundle.manifest) else self.precision
@@ -49,3 +55,11 @@ def contexts(manifest: Manifest) -> frozenset[str]:
     """
     names = {record.context for record in manifest.decoders.values()}
     return frozenset(names if manifest.prior is None else names | {manifest.prior.context})
+
+
+def autoencoders(manifest: Manifest) -> frozenset[str]:
+    """The components between pictures and latents: they run once a request, and need more memory for what they compute
+    than for their weights.
+    """
+    records = manifest.decoders.values()
+    return frozenset(name for record in records for name in (record.movq_encoder, record.movq_decoder))

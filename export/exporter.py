@@ -29,6 +29,7 @@ def export_bundle(
     *,
     precision: Precision = "fp32",
     storage: Precision | None = None,
+    feature_reuse: bool = False,
     check: bool | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -39,7 +40,8 @@ def export_bundle(
     """Make one bundle of one or more checkpoints and give its folder.
 
     Graphs compute in `precision`. `storage` is what weights are stored in (None: in `precision`): fp32 graphs may read
-    weights of 16 bits, and all that they are compared with then has its weights rounded like theirs.
+    weights of 16 bits, and all that they are compared with then has its weights rounded like theirs. `feature_reuse`
+    gives every decoder the two graphs that a request with `reuse_interval` runs in place of its step.
 
     `check` compares every graph with its module (None: those of networks under 200 M parameters). `report` is told
     each piece of work as it starts. `make_reference` is called where every graph was checked. `output` must not exist
@@ -53,7 +55,9 @@ def export_bundle(
     check_output(output, overwrite)
     opened = [open_checkpoint(checkpoint, revision, variant) for checkpoint in checkpoints]
     check_together(opened)
-    sources = [network_sources(checkpoint, storage) for checkpoint in opened]
+    if feature_reuse:
+        check_reuse(opened)
+    sources = [network_sources(checkpoint, storage, feature_reuse) for checkpoint in opened]
     check_widths({c.name: networks for c, networks in zip(opened, sources, strict=True)})
     with new_folder(output, overwrite) as folder, closing(Writer(precision)) as writer:
         (folder / "weights").mkdir()
@@ -87,6 +91,21 @@ def check_storage(precision: Precision, storage: Precision | None) -> Precision 
             f"found {storage!r}; graphs in fp32 can read weights in fp16 or bf16"
         )
     return None if storage == precision else storage
+
+
+def check_reuse(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise InputError where none of the checkpoints has a network whose features can be used for several steps."""
+    decoders = [checkpoint for checkpoint in checkpoints if "unet" in checkpoint.submodels]
+    if not decoders:
+        names = ", ".join(checkpoint.name for checkpoint in checkpoints)
+        raise InputError(f"feature_reuse: it is for decoders, and there is none in {names}; leave it out")
+    for checkpoint in decoders:
+        network = checkpoint.submodels["unet"].class_name
+        if network != "UNet2DConditionModel":
+            raise InputError(
+                f"feature_reuse: it is there for Kandinsky 2.1 and 2.2, and {checkpoint.name} has a {network}; "
+                f"leave it out"
+            )
 
 
 def check_together(checkpoints: Sequence[Checkpoint]) -> None:

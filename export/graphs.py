@@ -15,8 +15,9 @@ from .modules.multilingual_clip import MultilingualCLIP, MultilingualCLIPConfig
 from .modules.prior import STEP_TOKENS, Prior, PriorConfig
 from .modules.t5 import TEXT_TOKENS as T5_TOKENS
 from .modules.t5 import T5Config, T5Encoder
-from .modules.unet import UNet, UNetConfig
+from .modules.unet import UNet
 from .modules.unet3 import UNet3, UNet3Config
+from .modules.unet_config import UNetConfig
 
 # Pixels a latent cell of the ControlNet hint: three convolutions of stride 2.
 HINT_SCALE = 8
@@ -63,7 +64,7 @@ def f32(name: str, *shape: int | str) -> TensorSpec:
 
 
 def unet_graphs(config: UNetConfig) -> dict[str, Graph]:
-    """Context and step of a UNet."""
+    """Context and step of a UNet, and the two that stand in for the step where features are used again."""
     attention = [
         channels * (layers * down + (layers + 1) * up)
         for channels, layers, down, up in zip(
@@ -80,6 +81,11 @@ def unet_graphs(config: UNetConfig) -> dict[str, Graph]:
         f32("text_states", "batch", TEXT_TOKENS, config.text_dim),
     ]  # fmt: skip
     size = {"height": config.size_multiple, "width": config.size_multiple}
+    sample = f32("sample", "batch", LATENT_CHANNELS, "height", "width")
+    embedding = f32("embedding", "batch", config.embedding_dim)
+    prediction = f32("prediction", "batch", config.out_channels, "height", "width")
+    features = f32("features", "batch", config.feature_channels, "height", "width")
+    outer = [added_kv] if config.outer_attention else []
     return {
         "context": Graph(
             "context",
@@ -87,14 +93,11 @@ def unet_graphs(config: UNetConfig) -> dict[str, Graph]:
             (f32("embedding", "timesteps", "batch", config.embedding_dim), added_kv, *(concat if config.hint else ())),
             {"image_height": HINT_SCALE, "image_width": HINT_SCALE} if config.hint else {},
         ),
-        "step": Graph(
-            "step",
-            (f32("sample", "batch", LATENT_CHANNELS, "height", "width"),
-             f32("embedding", "batch", config.embedding_dim), added_kv, *concat),
-            (f32("prediction", "batch", config.out_channels, "height", "width"),),
-            size,
-        ),
-    }  # fmt: skip
+        "step": Graph("step", (sample, embedding, added_kv, *concat), (prediction,), size),
+        "refresh": Graph("refresh", (sample, embedding, added_kv, *concat), (prediction, features), size),
+        # Of any size: the level that it runs neither halves nor doubles.
+        "shallow": Graph("shallow", (sample, embedding, features, *outer, *concat), (prediction,)),
+    }
 
 
 def unet3_graphs(config: UNet3Config) -> dict[str, Graph]:

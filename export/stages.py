@@ -11,20 +11,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.errors import CheckpointError
-from ..engines.manifest import DecoderRecord, Precision, PriorRecord, PromptRecord, Role, TokenizerRecord
+from ..engines.manifest import (
+    DecoderRecord,
+    FeatureReuse,
+    Precision,
+    PriorRecord,
+    PromptRecord,
+    Role,
+    TokenizerRecord,
+)
 from .checkpoint import Checkpoint, SubModel, roles
 from .draft import Draft, file_record, save_arrays
 from .families import family_of
 from .network import Job, SourceNetwork
 from .tokenizer import export_tokenizer
 
+REUSE = ("refresh", "shallow")  # a UNet's graphs that stand in for its step, by the fields of FeatureReuse
 TOKENIZER, PROMPT_TOKENIZER = "tokenizer.json", "prompt_tokenizer.json"
 
 
-def network_sources(checkpoint: Checkpoint, storage: Precision | None = None) -> dict[str, SourceNetwork]:
+def network_sources(
+    checkpoint: Checkpoint, storage: Precision | None = None, feature_reuse: bool = False
+) -> dict[str, SourceNetwork]:
     """Every network of a checkpoint by submodel, configs and tensor names checked before any work begins.
 
-    `storage` is what weights are stored in where that is not what graphs compute in.
+    `storage` is what weights are stored in where that is not what graphs compute in. With `feature_reuse` a UNet has
+    the graphs of REUSE beside.
     """
     components: dict[str, tuple[str, dict[str, str]]] = {}
     for role in roles(checkpoint):
@@ -36,7 +48,8 @@ def network_sources(checkpoint: Checkpoint, storage: Precision | None = None) ->
             if "prompt_encoder" in checkpoint.submodels:
                 components["prompt_encoder"] = "prompt_encoder", {"": "prompt_encoder"}
             components["movq"] = "movq", {"encoder": "movq_encoder", "decoder": "movq_decoder"}
-            components["unet"] = role, {"context": f"{role}_context", "step": f"{role}_step"}
+            graphs = ("context", "step", *(REUSE if feature_reuse else ()))
+            components["unet"] = role, {graph: f"{role}_{graph}" for graph in graphs}
     return {
         key: SourceNetwork(Job(name, checkpoint.submodels[key], checkpoint.variant, graphs), storage)
         for key, (name, graphs) in components.items()
@@ -113,6 +126,7 @@ def add_decoder(draft: Draft, checkpoint: Checkpoint, networks: Mapping[str, Sou
     draft.schedulers[role] = dict(checkpoint.submodels["scheduler"].config)
     others = {f"{role}_ddpm": key for key in ("ddpm_scheduler",) if key in checkpoint.submodels}
     draft.schedulers.update({name: dict(checkpoint.submodels[key].config) for name, key in others.items()})
+    pair = {graph: name for graph, name in unet.job.components.items() if graph in REUSE}
     scale, size = networks["movq"].config.scale, checkpoint.submodels["unet"].config.get("sample_size")
     draft.decoders[role] = DecoderRecord(
         context=unet.job.components["context"],
@@ -128,6 +142,7 @@ def add_decoder(draft: Draft, checkpoint: Checkpoint, networks: Mapping[str, Sou
         default_size=scale * (size if type(size) is int and size > 0 else family.sample_size),
         prompt=prompt,
         schedulers=tuple(others),
+        reuse=FeatureReuse(**pair) if pair else None,
     )
 
 

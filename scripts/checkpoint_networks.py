@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,4 +105,5 @@ def components_of(record: PriorRecord | DecoderRecord) -> dict[str, dict[str, st
         encoders = {"text_encoder": {"": record.text_encoder}, "image_encoder": {"": record.image_encoder}}
         return {"prior": steps, **encoders}
     prompt = {} if record.prompt is None else {"prompt_encoder": {"": record.prompt.encoder}}
+    steps |= asdict(record.reuse) if record.reuse else {}
     return {"unet": steps, "movq": {"encoder": record.movq_encoder, "decoder": record.movq_decoder}, **prompt}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ..engines.errors import BackendError, KandrtError, MissingExtraError
 from ..engines.memory import gigabytes, machine_memory, weights_memory
 from .reference import (
-    MODES,
     NEGATIVE_PROMPT,
     PRIOR_STEPS,
     PROMPT,
@@ -24,6 +23,7 @@ from .reference import (
     inputs,
     paints_prompts,
     picture_embeds,
+    picture_requests,
     request_names,
     rows,
     text_embeds,
@@ -305,9 +305,8 @@ def engine_requests(k: Kandinsky, size: Size, answers: Mapping[str, Float32]) ->
     made: dict[str, Callable[[], Float32]] = {
         "prior": lambda: rows(text_embeds(k)), "prior from picture": lambda: rows(picture_embeds(k)), WHOLE: whole,
     }  # fmt: skip
-    for role in k.manifest.decoders:
-        for mode, names in MODES[role].items():
-            made[mode] = lambda role=role, names=names: picture(role, names)  # type: ignore[misc]
+    for name, (role, names) in picture_requests(k.manifest).items():
+        made[name] = lambda role=role, names=names: picture(role, names)  # type: ignore[misc]
     return {name: made[name] for name in engine_request_names(k.manifest)}
 
 

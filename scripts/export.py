@@ -38,6 +38,10 @@ def command(
             help="What weights are stored in, if not in --precision; fp16 halves an fp32 bundle.", show_default=False
         ),
     ] = None,
+    feature_reuse: Annotated[
+        bool,
+        typer.Option("--feature-reuse", help="Add the graphs for generate's --reuse-interval; not with Kandinsky 3."),
+    ] = False,
     check: Annotated[
         bool | None,
         typer.Option(
@@ -81,8 +85,8 @@ def command(
 
         report("reading checkpoints")
         folder = export_bundle(
-            list(checkpoints), output, precision=precision, storage=storage, check=check, revision=revision,
-            variant=variant, overwrite=overwrite, report=report, make_reference=make_reference,
+            list(checkpoints), output, precision=precision, storage=storage, feature_reuse=feature_reuse, check=check,
+            revision=revision, variant=variant, overwrite=overwrite, report=report, make_reference=make_reference,
         )  # fmt: skip
     from ..engines.bundle import open_bundle
 

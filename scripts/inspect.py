@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,12 +103,14 @@ def schedulers(manifest: Manifest, name: str) -> tuple[str, list[str]]:
 
 
 def memory(manifest: Manifest) -> dict[str, int]:
-    """Bytes of memory that the weights take, by the mode of `kandrt generate --memory`."""
+    """Bytes of memory that the weights take by the mode of `kandrt generate --memory`, where no features are reused."""
     from ..engines.memory import weights_memory
 
+    pairs = [name for record in manifest.decoders.values() if record.reuse for name in asdict(record.reuse).values()]
+    names = [name for name in manifest.components if name not in pairs]
     return {
-        "keep": weights_memory(manifest, manifest.components),
-        "stage": max(weights_memory(manifest, [name]) for name in manifest.components),
+        "keep": weights_memory(manifest, names),
+        "stage": max(weights_memory(manifest, [name]) for name in names),
     }
 
 
@@ -126,8 +129,12 @@ def show(bundle: Bundle, checked: bool) -> None:
         if what != "embeddings":  # as in most families
             by = ", ".join(stage for stage in told if told[stage] == what)
             out.print(f"{by}: conditioned by {what}", style="dim")
+    reused = [role for role, record in manifest.decoders.items() if record.reuse]
+    if reused:
+        out.print(f"{', '.join(reused)}: features can be reused (--reuse-interval)", style="dim")
     out.print()
     out.print(component_table(manifest))
+    show_quantized(manifest)
     needed = memory(manifest)
     out.print(
         f"weights in memory: {size_text(needed['keep'])}, "
@@ -179,12 +186,30 @@ def component_table(manifest: Manifest) -> Table:
         size = size_text(sum(manifest.weights[weights].size for weights in new)) if new else "shared"
         shown.update(new)
         made.add_row(
-            name, component.precision, count_text(component.parameters), size_text(component.graph.size),
+            name, type_text(component), count_text(component.parameters), size_text(component.graph.size),
             ", ".join(component.weights), size, error_text(component),
         )  # fmt: skip
     return made
 
 
+def type_text(component: Component) -> str:
+    """What a graph computes in."""
+    return component.precision if component.quantization is None else f"int8, {component.precision}"
+
+
 def error_text(component: Component) -> str:
-    """A graph's error as it was measured at export."""
+    """A graph's error as it was measured at export, or when it was quantized."""
+    if component.quantization is not None:
+        return f"{component.quantization.error:.1e}"
     return "not checked" if component.error is None else f"{component.error.relative:.1e}"
+
+
+def show_quantized(manifest: Manifest) -> None:
+    """Say of each component in 8 bits how many layers are, and which are not."""
+    for name, component in manifest.components.items():
+        if (record := component.quantization) is not None:
+            kept = f"; {len(record.kept)} kept: {', '.join(record.kept)}" if record.kept else ""
+            stdout().print(
+                f"{name}: {len(record.layers)} layers in 8 bits, scales set by {record.samples} calls{kept}",
+                style="dim", markup=False,
+            )  # fmt: skip

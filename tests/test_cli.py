@@ -27,7 +27,7 @@ from kandrt.runtime.miniature import MINIATURE
 from kandrt.scripts import console, doctor
 from kandrt.scripts.cli import app
 
-COMMANDS = ("export", "build", "generate", "inspect", "verify", "doctor")
+COMMANDS = ("export", "quantize", "build", "generate", "inspect", "verify", "doctor")
 HEAVY = (
     "torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "openvino", "numpy", "PIL", "tokenizers", "safetensors",
 )  # fmt: skip
@@ -412,12 +412,13 @@ def test_export_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     monkeypatch.setattr(exporter, "export_bundle", fake)
     options = ("--precision", "fp32", "--storage", "fp16", "--no-check", "--revision", "main", "--variant", "fp16")
-    result = run("export", "a/prior", "a/decoder", "-o", tmp_path / "bundle", *options, "--overwrite")
+    flags = ("--feature-reuse", "--overwrite")
+    result = run("export", "a/prior", "a/decoder", "-o", tmp_path / "bundle", *options, *flags)
     assert result.exit_code == 0
     assert given == {
         "checkpoints": ["a/prior", "a/decoder"], "output": tmp_path / "bundle", "precision": "fp32",
-        "storage": "fp16", "check": False, "revision": "main", "variant": "fp16", "overwrite": True,
-        "make_reference": make_reference,
+        "storage": "fp16", "feature_reuse": True, "check": False, "revision": "main", "variant": "fp16",
+        "overwrite": True, "make_reference": make_reference,
     }  # fmt: skip
     assert "tracing something" in result.stderr
     assert "noise of a library" in result.stderr

@@ -15,7 +15,7 @@ from kandrt.engines.errors import CheckpointError
 from kandrt.export.modules.clip import CLIPConfig
 from kandrt.export.modules.movq import MoVQConfig
 from kandrt.export.modules.prior import PriorConfig
-from kandrt.export.modules.unet import UNetConfig
+from kandrt.export.modules.unet_config import UNetConfig
 
 CONFIGS = Path(scripts.__file__).parent / "checkpoint-configs"
 KINDS: dict[str, tuple[Any, str]] = {

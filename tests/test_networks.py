@@ -19,7 +19,8 @@ from kandrt.export.modules.conditioning import TEXT_TOKENS
 from kandrt.export.modules.layers import Network
 from kandrt.export.modules.movq import MoVQ, MoVQConfig
 from kandrt.export.modules.prior import Prior, PriorConfig
-from kandrt.export.modules.unet import UNet, UNetConfig
+from kandrt.export.modules.unet import UNet
+from kandrt.export.modules.unet_config import UNetConfig
 
 # Relative L2 distance in fp32. Both sides do some hundred operations whose relative error is about 6e-8 (measured:
 # 2e-6 and less), and a branch that is missing or misplaced costs 1e-2 and more.

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from kandrt.export.modules.unet import UNet, UNetConfig
+from kandrt.export.modules.unet import UNet
+from kandrt.export.modules.unet_config import UNetConfig
 from kandrt.scripts.miniature.captions import caption
 from kandrt.scripts.miniature.trials import SIDE
 from kandrt.scripts.miniature.world import random_scene

@@ -44,14 +44,24 @@ class LayerNorm(nn.LayerNorm):
 
 
 def upsampled(x: Tensor, scale: int) -> Tensor:
-    """Nearest-neighbour upsampling of height and width.
+    """Nearest-neighbour upsampling of height and width."""
+    return repeated(x, scale, scale)
+
+
+def widened(x: Tensor, scale: int) -> Tensor:
+    """Nearest-neighbour upsampling of width alone."""
+    return repeated(x, 1, scale)
+
+
+def repeated(x: Tensor, *scales: int) -> Tensor:
+    """Nearest-neighbour upsampling by factors of height and width.
 
     In bf16 by way of fp32, which gives the same: ONNX Runtime has no CUDA kernel for Resize in bf16.
     """
-    if scale == 1:
+    if set(scales) == {1}:
         return x
     wide = x.float() if x.dtype == torch.bfloat16 else x
-    return F.interpolate(wide, scale_factor=float(scale), mode="nearest").to(x.dtype)
+    return F.interpolate(wide, scale_factor=tuple(map(float, scales)), mode="nearest").to(x.dtype)
 
 
 def sinusoid(timesteps: Tensor, dim: int, sine_first: bool = False, shift: int = 0) -> Tensor:

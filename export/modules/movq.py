@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...engines.errors import CheckpointError
 from .config import check_config, check_divisible, check_lengths, check_sizes
-from .layers import GroupNorm, Network, attention, upsampled
-from .unet import block_types
+from .layers import GroupNorm, Network, attention, upsampled, widened
+from .unet_config import block_types
 
 EPS = 1e-6
 SPATIAL_NORM_GROUPS = 32
@@ -102,7 +102,8 @@ class SpatialNorm(nn.Module):
     """Group norm, scaled and shifted by 1x1 convolutions of the latents.
 
     The original upsamples the latents to the size of x and convolves there. A 1x1 convolution and a nearest-neighbour
-    upsampling commute, so this convolves at latent size.
+    upsampling commute, so this convolves at latent size. What comes out is repeated along rows alone: each row of it
+    then serves `scale` rows of x by broadcasting, where whole planes would be two more tensors of the size of x.
     """
 
     def __init__(self, channels: int, latent_channels: int) -> None:
@@ -112,8 +113,12 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.Conv2d(latent_channels, channels, 1)
 
     def forward(self, x: Tensor, latents: Tensor, scale: int) -> Tensor:
-        gain, bias = upsampled(self.conv_y(latents), scale), upsampled(self.conv_b(latents), scale)
-        return cast("Tensor", self.norm_layer(x) * gain + bias)
+        gain, bias = self.conv_y(latents), self.conv_b(latents)
+        if scale == 1:
+            return cast("Tensor", self.norm_layer(x) * gain + bias)
+        gain, bias = (widened(each, scale).unsqueeze(3) for each in (gain, bias))  # [B, C, H/s, 1, W]
+        rows = self.norm_layer(x).unflatten(2, (gain.shape[2], scale))
+        return cast("Tensor", (rows * gain + bias).reshape(x.shape))
 
 
 class PlainNorm(GroupNorm):

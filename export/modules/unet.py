@@ -1,179 +1,23 @@
 """The UNet of Kandinsky 2.x: residual blocks, and attention to the image beside self-attention ("added KV").
 
-Source: diffusers 0.42.1 `UNet2DConditionModel` with the block types of `BLOCKS`; attribute names are its state dict's.
-What does not change from step to step is computed once a request (`context`), the rest once a step (`step`).
+Source: diffusers 0.42.1 `UNet2DConditionModel`; attribute names are its state dict's.
+What does not change from step to step is computed once a request (`context`), the rest once a step (`step`): all of it,
+or the outermost level alone, with what an earlier step found below it (`refresh`, `shallow`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...engines.errors import CheckpointError
-from .conditioning import (
-    IMAGE_TOKENS,
-    IMAGE_TOKENS_BESIDE_TEXT,
-    LATENT_CHANNELS,
-    TEXT_TOKENS,
-    ImageEmbedding,
-    ImageProjection,
-    TextImageEmbedding,
-    TextImageProjection,
-)
-from .config import check_config, check_divisible, check_lengths, check_sizes
+from .conditioning import ImageEmbedding, ImageProjection, TextImageEmbedding, TextImageProjection
 from .layers import GroupNorm, Network, TimestepEmbedding, attention, upsampled
-
-# Block type -> does the level have attention.
-DOWN_BLOCKS = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}
-UP_BLOCKS = {"ResnetUpsampleBlock2D": False, "SimpleCrossAttnUpBlock2D": True}
-
-# addition_embed_type -> the encoder_hid_dim_type that goes with it
-CONDITIONING = {"image": "image_proj", "image_hint": "image_proj", "text_image": "text_image_proj"}
-
-FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"),
-    "attention_type": ("default",),
-    "addition_embed_type_num_heads": (64,),  # of another conditioning by text, which these checkpoints do not have
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "downsample_padding": (1,),  # of strided convolutions, which these block types do not have
-    "encoder_hid_dim_type": tuple(dict.fromkeys(CONDITIONING.values())),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DSimpleCrossAttn",),
-    "resnet_out_scale_factor": (1,),
-    "resnet_time_scale_shift": ("scale_shift",),
-    "time_embedding_type": ("positional",),
-    "transformer_layers_per_block": (1,),  # of block types with transformers, which these are not
-}
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """What of a `UNet2DConditionModel` config decides this network; lists have one entry a level.
-
-    text_dim is the width of the text's states, None where the image alone conditions the network; the text's pooled
-    embedding is as wide as the image's.
-    """
-
-    in_channels: int
-    out_channels: int
-    channels: tuple[int, ...]
-    layers: tuple[int, ...]
-    head_dims: tuple[int, ...]
-    down_attention: tuple[bool, ...]
-    up_attention: tuple[bool, ...]
-    cross_attention_dim: int
-    image_embed_dim: int
-    text_dim: int | None
-    hint: bool
-    norm_groups: int
-    norm_eps: float
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """Read config.json; raises CheckpointError that names each field that cannot be honoured."""
-        what = "UNet2DConditionModel"
-        read = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "attention_head_dim",
-                "norm_eps", "down_block_types", "up_block_types", "cross_attention_dim", "encoder_hid_dim",
-                "addition_embed_type", "norm_num_groups")  # fmt: skip
-        required = ("in_channels", "block_out_channels", "cross_attention_dim", "encoder_hid_dim",
-                    "addition_embed_type", "encoder_hid_dim_type", "resnet_time_scale_shift", "mid_block_type",
-                    "down_block_types", "up_block_types")  # fmt: skip
-        check_config(what, config, read, FIXED, required)
-        sizes = ("in_channels", "out_channels", "cross_attention_dim", "encoder_hid_dim", "norm_num_groups",
-                 "layers_per_block", "attention_head_dim")  # fmt: skip
-        check_sizes(what, config, sizes, lists=("block_out_channels", "layers_per_block", "attention_head_dim"))
-        channels = tuple(config["block_out_channels"])
-        conditioning = config["addition_embed_type"]
-        # a list: an entry that cannot be hashed is wrong, too
-        if (conditioning, config["encoder_hid_dim_type"]) not in list(CONDITIONING.items()):
-            raise CheckpointError(
-                f"{what}: addition_embed_type: expected {' or '.join(map(repr, CONDITIONING))} with the "
-                f"encoder_hid_dim_type that goes with it, found {conditioning!r} with "
-                f"{config['encoder_hid_dim_type']!r}"
-            )
-        text = conditioning == "text_image"
-
-        def levels(value: Any) -> tuple[int, ...]:
-            return tuple(value) if isinstance(value, list | tuple) else (value,) * len(channels)
-
-        self = cls(
-            in_channels=config["in_channels"],
-            out_channels=config.get("out_channels", 4),
-            channels=channels,
-            layers=levels(config.get("layers_per_block", 2)),
-            head_dims=levels(config.get("attention_head_dim", 8)),
-            down_attention=block_types(what, "down_block_types", config["down_block_types"], DOWN_BLOCKS),
-            up_attention=block_types(what, "up_block_types", config["up_block_types"], UP_BLOCKS),
-            cross_attention_dim=config["cross_attention_dim"],
-            # With text, encoder_hid_dim is the width of its states.
-            image_embed_dim=config["cross_attention_dim"] if text else config["encoder_hid_dim"],
-            text_dim=config["encoder_hid_dim"] if text else None,
-            hint=conditioning == "image_hint",
-            norm_groups=config.get("norm_num_groups", 32),
-            norm_eps=config.get("norm_eps", 1e-5),
-        )
-        self.check(what)
-        return self
-
-    def check(self, what: str) -> None:
-        """Raise CheckpointError where sizes contradict each other."""
-        check_lengths(what, block_out_channels=self.channels, layers_per_block=self.layers,
-                      attention_head_dim=self.head_dims, down_block_types=self.down_attention,
-                      up_block_types=self.up_attention)  # fmt: skip
-        for level, (channels, head_dim) in enumerate(zip(self.channels, self.head_dims, strict=True)):
-            name = f"block_out_channels[{level}]"
-            check_divisible(what, "norm_num_groups", self.norm_groups, **{name: channels})
-            if self.down_attention[level] or level == len(self.channels) - 1:
-                check_divisible(what, "attention_head_dim", head_dim, **{name: channels})
-            if self.up_attention[-1 - level]:
-                check_divisible(what, "attention_head_dim", self.head_dims[-1 - level], **{name: channels})
-        if not isinstance(self.norm_eps, float | int) or self.norm_eps <= 0:
-            raise CheckpointError(f"{what}: norm_eps: expected a number above 0, found {self.norm_eps!r}")
-        if self.hint and self.in_channels != 2 * LATENT_CHANNELS:
-            raise CheckpointError(
-                f"{what}: in_channels: expected 8 with addition_embed_type 'image_hint', found {self.in_channels}"
-            )
-        if self.in_channels < LATENT_CHANNELS or self.out_channels not in (LATENT_CHANNELS, 2 * LATENT_CHANNELS):
-            raise CheckpointError(
-                f"{what}: expected at least 4 in_channels and 4 or 8 out_channels, "
-                f"found {self.in_channels} and {self.out_channels}"
-            )
-
-    @property
-    def embedding_dim(self) -> int:
-        """Width of the timestep embedding."""
-        return 4 * self.channels[0]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that condition every attention layer."""
-        return IMAGE_TOKENS if self.text_dim is None else IMAGE_TOKENS_BESIDE_TEXT + TEXT_TOKENS
-
-    @property
-    def concat_channels(self) -> int:
-        """Input channels beside the latents: 4 of a ControlNet hint, 5 of inpainting, or none."""
-        return self.in_channels - LATENT_CHANNELS
-
-    @property
-    def size_multiple(self) -> int:
-        """Latent height and width must be divisible by this."""
-        return int(2 ** (len(self.channels) - 1))
-
-
-def block_types(what: str, field: str, names: Any, known: Mapping[str, bool]) -> tuple[bool, ...]:
-    """Which levels have attention; CheckpointError for a block type that is not in `known`."""
-    unknown = [name for name in names if name not in list(known)] if isinstance(names, list | tuple) else [names]
-    if unknown:
-        raise CheckpointError(f"{what}: {field}: expected {' or '.join(known)}, found {', '.join(map(repr, unknown))}")
-    return tuple(known[name] for name in names)
+from .unet_config import UNetConfig
 
 
 class ResnetBlock(nn.Module):
@@ -228,6 +72,10 @@ class AddedKVAttention(nn.Module):
         return cast("Tensor", x + h.transpose(1, 2).reshape(x.shape))
 
 
+# Keys and values of the conditioning tokens by layer, [B, N, C] each
+AddedKeysValues: TypeAlias = Mapping[AddedKVAttention, tuple[Tensor, Tensor]]
+
+
 class Level(nn.Module):
     """One resolution of the UNet: residual blocks, each followed by attention where the level has it."""
 
@@ -240,6 +88,22 @@ class Level(nn.Module):
     def layers(self) -> Iterator[tuple[ResnetBlock, AddedKVAttention | None]]:
         attentions = getattr(self, "attentions", [None] * len(self.resnets))
         yield from cast("Iterator[Any]", zip(self.resnets, attentions, strict=True))
+
+    def down(self, x: Tensor, embedding: Tensor, added: AddedKeysValues) -> list[Tensor]:
+        """What each pair of its layers gives, the level's own output last."""
+        outputs = []
+        for resnet, attend in self.layers():
+            x = resnet(x, embedding)
+            x = x if attend is None else attend(x, *added[attend])
+            outputs.append(x)
+        return outputs
+
+    def up(self, x: Tensor, skips: list[Tensor], embedding: Tensor, added: AddedKeysValues) -> Tensor:
+        """Its output; each pair of layers takes the last of `skips` away."""
+        for resnet, attend in self.layers():
+            x = resnet(torch.cat([x, skips.pop()], dim=1), embedding)
+            x = x if attend is None else attend(x, *added[attend])
+        return x
 
 
 class MidBlock(nn.Module):
@@ -329,33 +193,76 @@ class UNet(Network):
 
     def step(self, sample: Tensor, embedding: Tensor, added_kv: Tensor, concat_latents: Tensor | None = None) -> Tensor:
         """One denoising step: sample [B, 4, H, W], embedding [B, 4C] -> prediction [B, out_channels, H, W], fp32."""
+        return self.divided(sample, embedding, added_kv, concat_latents)[0]
+
+    def refresh(
+        self, sample: Tensor, embedding: Tensor, added_kv: Tensor, concat_latents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`step`, and beside its prediction the features that `shallow` takes: [B, feature_channels, H, W], fp32.
+
+        Source: Ma, Fang, Wang 2023, "DeepCache: Accelerating Diffusion Models for Free": what a UNet computes at its
+        lower resolutions changes little from step to step. The cut is at the outermost skip connections.
+        """
+        prediction, features = self.divided(sample, embedding, added_kv, concat_latents)
+        return prediction, features.float()
+
+    def shallow(
+        self,
+        sample: Tensor,
+        embedding: Tensor,
+        features: Tensor,
+        added_kv: Tensor | None = None,
+        concat_latents: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction of a step by the outermost level alone, with the features of an earlier `refresh`.
+
+        `added_kv` is needed where that level has attention.
+        """
+        return self.divided(sample, embedding, added_kv, concat_latents, features)[0]
+
+    def divided(
+        self,
+        sample: Tensor,
+        embedding: Tensor,
+        added_kv: Tensor | None,
+        concat_latents: Tensor | None,
+        features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Prediction, and what the last level got from the one below: computed here, or else `features`."""
+        dtype = self.conv_in.weight.dtype
         x = sample if concat_latents is None else torch.cat([sample, concat_latents], dim=1)
-        x, embedding, added_kv = (tensor.to(self.conv_in.weight.dtype) for tensor in (x, embedding, added_kv))
-        widths = [layer.to_q.out_features for layer in self.attentions() for _ in ("key", "value")]
-        parts = iter(torch.split(added_kv, widths, dim=2))
+        x, embedding = x.to(dtype), embedding.to(dtype)
+        added = {} if added_kv is None else self.added(added_kv.to(dtype))
+        outermost, last = cast("Level", self.down_blocks[0]), cast("Level", self.up_blocks[-1])
 
         x = self.conv_in(x)
-        skips = [x]
-        for block in self.down_blocks:
-            for resnet, attend in cast("Level", block).layers():
-                x = resnet(x, embedding)
-                x = x if attend is None else attend(x, next(parts), next(parts))
-                skips.append(x)
-            for resample in getattr(block, "downsamplers", ()):
-                x = resample(x, embedding)
-                skips.append(x)
+        skips = [x, *outermost.down(x, embedding, added)]
+        features = self.deep(skips[-1], embedding, added) if features is None else features.to(dtype)
+        x = last.up(features, skips, embedding, added)
+        return self.conv_out(F.silu(self.conv_norm_out(x))).float(), features
 
+    def added(self, added_kv: Tensor) -> AddedKeysValues:
+        """Each layer's share of what `context` gives."""
+        layers = self.attentions()
+        parts = torch.split(added_kv, [layer.to_q.out_features for layer in layers for _ in ("key", "value")], dim=2)
+        return dict(zip(layers, zip(parts[::2], parts[1::2], strict=True), strict=True))
+
+    def deep(self, x: Tensor, embedding: Tensor, added: AddedKeysValues) -> Tensor:
+        """All that lies below the outermost level: [B, C, H, W] -> [B, feature_channels, H, W]."""
+        levels, skips = [*self.down_blocks], []
+        for above, level in pairwise(levels):
+            x = above.downsamplers[0](x, embedding)
+            skips += [x, *level.down(x, embedding, added)]
+            x = skips[-1]
+
+        attend = cast("AddedKVAttention", self.mid_block.attentions[0])
         x = self.mid_block.resnets[0](x, embedding)
-        x = self.mid_block.attentions[0](x, next(parts), next(parts))
+        x = attend(x, *added[attend])
         x = self.mid_block.resnets[1](x, embedding)
 
-        for block in self.up_blocks:
-            for resnet, attend in cast("Level", block).layers():
-                x = resnet(torch.cat([x, skips.pop()], dim=1), embedding)
-                x = x if attend is None else attend(x, next(parts), next(parts))
-            for resample in getattr(block, "upsamplers", ()):
-                x = resample(x, embedding)
-        return cast("Tensor", self.conv_out(F.silu(self.conv_norm_out(x))).float())
+        for level in [*self.up_blocks][:-1]:
+            x = level.upsamplers[0](level.up(x, skips, embedding, added), embedding)
+        return x
 
     def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
         """The undivided network, as diffusers runs it: one timestep [1] for the whole batch."""

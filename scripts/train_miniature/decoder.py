@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...export.modules.conditioning import LATENT_CHANNELS
-from ...export.modules.unet import AddedKVAttention, ResnetBlock, UNet, UNetConfig
+from ...export.modules.unet import AddedKVAttention, ResnetBlock, UNet
+from ...export.modules.unet_config import UNetConfig
 from ...runtime.masks import latent_mask
 from ...runtime.noise_schedule import NoiseSchedule
 from ..miniature.masks import object_mask, random_mask
