@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from . import build, doctor, engines, export, generate, inspect, verify
+from . import build, doctor, engines, export, generate, inspect, quantize, verify
 from .bench import command as bench
 from .console import FAILED, INTERRUPTED, discard_stdout, guarded
 
@@ -54,7 +54,7 @@ def add(to: typer.Typer, name: str, command: Callable[..., None], usage: str, ex
     )(guarded(command))
 
 
-for module in (export, build, generate, inspect, verify, doctor):
+for module in (export, quantize, build, generate, inspect, verify, doctor):
     add(app, module.__name__.rpartition(".")[2], module.command, module.USAGE, module.EXAMPLE)
 add(app, "bench", bench.command, bench.USAGE, bench.EXAMPLE)
 engines_app = typer.Typer(

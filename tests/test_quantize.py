@@ -1,0 +1,254 @@
+"""`kandrt quantize` on the miniature: what it makes runs in 8 bits, paints the same pictures, and shares the rest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from kandrt.engines.backends import open_component
+from kandrt.engines.bundle import Bundle, open_bundle
+from kandrt.engines.memory import weights_memory
+from kandrt.export.quantize.layers import find_layers
+from kandrt.runtime import load
+from kandrt.runtime.miniature import MINIATURE
+from kandrt.scripts.cli import app
+
+PROMPTS = (
+    "two small green squares",
+    "a yellow triangle on a black background",
+    "a large red circle on a blue background",
+)
+OPTIONS = ("--component", "decoder_step", "--steps", "4", "--threads", "1")
+KEPT = "up_blocks.1.resnets.0"
+
+
+def run(*args: object) -> Any:
+    return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"}, prog_name="kandrt")
+
+
+def asked(*prompts: str) -> list[str]:
+    return [part for prompt in prompts for part in ("--prompt", prompt)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The miniature, in a folder whose files may be linked."""
+    return open_bundle(shutil.copytree(MINIATURE, tmp_path_factory.mktemp("source") / "miniature"))
+
+
+@pytest.fixture(scope="module")
+def made(source: Bundle) -> tuple[Bundle, dict[str, Any]]:
+    """Its decoder in 8 bits, and what the command said."""
+    output = source.folder.with_name("int8")
+    result = run("quantize", source.folder, "-o", output, *OPTIONS, *asked(*PROMPTS), "--keep", KEPT, "--json")
+    assert result.exit_code == 0, result.stderr
+    return open_bundle(output), json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def quantized(made: tuple[Bundle, dict[str, Any]]) -> Bundle:
+    return made[0]
+
+
+# What is in it
+
+
+def test_the_rest_is_the_sources_own_which_stays_as_it_was(source: Bundle, quantized: Bundle) -> None:
+    source.check_hashes()
+    quantized.check_hashes()
+    before, after = source.manifest.files(), quantized.manifest.files()
+    changed = {name for name in before if before[name] != after[name]}
+    assert before.keys() == after.keys()
+    assert changed == {"decoder_step.onnx", "decoder_context.onnx", "weights/decoder.safetensors"}
+    assert not [
+        path
+        for path in quantized.folder.rglob("*")
+        if path.is_file() and str(path.relative_to(quantized.folder)) not in {*after, "manifest.json"}
+    ]
+    assert not list(quantized.folder.parent.glob(".*"))  # nothing unfinished is left beside it
+
+
+def test_the_manifest_says_what_was_done(made: tuple[Bundle, dict[str, Any]]) -> None:
+    manifest = made[0].manifest
+    record = manifest.components["decoder_step"].quantization
+    assert record is not None
+    assert manifest.components["decoder_step"].error is None
+    assert {c for c, each in manifest.components.items() if each.quantization is not None} == {"decoder_step"}
+    assert record.samples == 8  # two prompts of three, in four steps
+    assert all(weight.startswith(f"{KEPT}.") for weight in record.kept)
+    assert {f"{KEPT}.conv1.weight", f"{KEPT}.conv2.weight"} <= set(record.kept)
+    assert 0 < record.error < 0.1
+    said = made[1]["components"]["decoder_step"]
+    assert said["quantization"]["error"] == record.error
+    assert said["noise"].keys() == {*record.layers, *record.kept}
+
+
+def test_weights_are_those_of_the_source_rounded(source: Bundle, quantized: Bundle) -> None:
+    record = quantized.manifest.components["decoder_step"].quantization
+    assert record is not None
+    before = load_file(source.path(source.manifest.weights["decoder"]))
+    after = load_file(quantized.path(quantized.manifest.weights["decoder"]))
+    for name in record.layers:
+        weight, numbers, scales = before[name].astype(np.float32), after[f"{name}.int8"], after[f"{name}.scale"]
+        steps = scales if name.endswith(".transposed") else scales.reshape(-1, 1, 1, 1)
+        assert numbers.dtype == np.int8
+        assert (np.abs(numbers * steps - weight) <= steps / 2 * (1 + 1e-5)).all(), name
+        assert name not in after  # not stored twice
+    for name in after.keys() & before.keys():
+        np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_another_graph_of_the_network_computes_as_before(source: Bundle, quantized: Bundle) -> None:
+    rng = np.random.default_rng(0)
+    inputs = {"image_embeds": rng.standard_normal((2, 160), np.float32), "timesteps": np.array([10, 900], np.float32)}
+    answers = []
+    for bundle in (source, quantized):
+        session = open_component(bundle, "decoder_context", backend="onnxruntime", device="cpu", threads=1)
+        answers.append(session(**inputs))
+        session.close()
+    for name, expected in answers[0].items():
+        np.testing.assert_array_equal(answers[1][name], expected)
+
+
+def test_memory_counts_8_bits_as_such(source: Bundle, quantized: Bundle) -> None:
+    before, after = (weights_memory(bundle.manifest, ["decoder_step"]) for bundle in (source, quantized))
+    assert after < before / 2
+    assert weights_memory(source.manifest, ["movq_decoder"]) == weights_memory(quantized.manifest, ["movq_decoder"])
+
+
+# What runs it
+
+
+def kinds(bundle: Bundle) -> Counter[str]:
+    """How many layers the decoder's step has in 8 bits, by operator."""
+    import onnx_ir as ir
+
+    record = bundle.manifest.components["decoder_step"].quantization
+    assert record is not None
+    original = find_layers(ir.load(MINIATURE / "decoder_step.onnx"))
+    return Counter(layer.operator for layer in original if layer.weight in record.layers)
+
+
+def test_onnxruntime_runs_its_int8_kernels(quantized: Bundle, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+    graph = quantized.path(quantized.manifest.components["decoder_step"].graph)
+    onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(tmp_path / "optimized.onnx", load_external_data=False)
+    found, expected = Counter(node.op_type for node in optimized.graph.node), kinds(quantized)
+    assert (found["QLinearConv"], found["MatMulIntegerToFloat"]) == (expected["Conv"], expected["MatMul"])
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_openvino_runs_its_int8_kernels(quantized: Bundle, precision: str) -> None:
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    graph = quantized.path(quantized.manifest.components["decoder_step"].graph)
+    compiled = openvino.Core().compile_model(str(graph), "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    found: Counter[tuple[str, str]] = Counter()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        facts = node.get_rt_info()
+        found[facts["layerType"].astype(str), facts["runtimePrecision"].astype(str)] += 1
+    expected = kinds(quantized)
+    assert found["Convolution", "u8"] == expected["Conv"]
+    assert found["FullyConnected", "u8"] == expected["MatMul"]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_pictures_are_those_of_the_source(source: Bundle, quantized: Bundle, backend: str) -> None:
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    prompts = ["a large red circle on a blue background", "two small green squares"]
+    pictures = []
+    for bundle in (source, quantized):
+        with load(bundle.folder, backend=backend, threads=1) as k:
+            pictures.append(k(prompts, steps=10, seed=[0, 1]).array)
+    error = np.square(pictures[1].astype(np.float64) - pictures[0]).mean()
+    # 40 dB and more were measured; other pictures have some 9 dB
+    assert -10 * np.log10(error) > 30
+
+
+def test_verify_and_inspect_know_8_bits(quantized: Bundle) -> None:
+    result = run("verify", quantized.folder, "--json")
+    assert result.exit_code == 0, result.stdout + result.stderr
+    bounds = {row["what"]: row["tolerance"] for row in json.loads(result.stdout)["rows"]}
+    assert bounds["text-to-image"] == "PSNR 25 dB"
+    assert bounds["inpainting"] == "max 1e-03"  # of a decoder that is as it was
+    shown = run("inspect", quantized.folder).stdout
+    assert "int8, fp32" in shown
+    assert f"kept: {KEPT}.conv1.weight" in shown
+
+
+@pytest.mark.parametrize("family", ["bundle_2_1", "bundle_3"])
+def test_decoders_of_every_family_are_quantized(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    original: Path = shutil.copytree(request.getfixturevalue(family), tmp_path / "original")
+    result = run("quantize", original, "-o", tmp_path / "int8", "--steps", 2, "--size", 128, "--threads", 1)
+    assert result.exit_code == 0, result.stderr
+    manifest = open_bundle(tmp_path / "int8").manifest
+    for decoder in manifest.decoders.values():
+        found = manifest.components[decoder.step].quantization
+        assert found is not None
+        assert len(found.layers) > len(found.kept)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--component", "unet"], "component: the bundle has no unet; it has"),
+        (["--component", "decoder_step", "--component", "decoder_step"], "expected each once"),
+        (["--keep", "up_blocks.99"], "'up_blocks.99' is no layer of"),
+        (["--prompt", "one"], "expected two or more"),
+        (["--prompts", "absent.txt"], "cannot read prompts of absent.txt"),
+        (["--component", "image_encoder", *asked(*PROMPTS)], "image_encoder: pictures of prompts do not run it"),
+    ],
+)
+def test_what_cannot_be_is_refused(source: Bundle, tmp_path: Path, options: list[str], words: str) -> None:
+    result = run("quantize", source.folder, "-o", tmp_path / "out", "--steps", 2, *options)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bundle_itself_is_not_replaced(source: Bundle) -> None:
+    result = run("quantize", source.folder, "-o", source.folder / ".." / source.folder.name, "--overwrite")
+    assert result.exit_code == 1
+    assert "expected another folder than the bundle's own" in result.stderr
+
+
+def test_a_quantized_bundle_is_refused(quantized: Bundle, tmp_path: Path) -> None:
+    result = run("quantize", quantized.folder, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "is quantized already (decoder_step)" in result.stderr
+
+
+def test_a_bundle_of_16_bits_is_refused(fp16_bundle: Path, tmp_path: Path) -> None:
+    result = run("quantize", fp16_bundle, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "is in fp16, expected fp32" in result.stderr
+    assert "--precision fp32" in result.stderr
+
+
+def test_it_needs_no_pytorch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import kandrt.export.quantize.bundle, kandrt.scripts.quantize"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_too_large_an_error_leaves_nothing(source: Bundle, tmp_path: Path) -> None:
+    result = run("quantize", source.folder, "-o", tmp_path / "out", *OPTIONS, *asked(*PROMPTS), "--refuse-above", 1e-4)
+    assert result.exit_code == 1
+    assert "decoder_step: expected a relative error of 0.0001 at most in 8 bits, found" in result.stderr
+    assert not list(tmp_path.iterdir())
+    source.check_hashes()
