@@ -226,6 +226,13 @@ class CupyDevice:
         return int(free), int(total)
 
 
+def library() -> Any:
+    """CuPy, for what watches the GPU from outside the sessions."""
+    import cupy
+
+    return cupy
+
+
 @functools.cache
 def cupy_device() -> CupyDevice:
     """The device of this process: one, so that all sessions share its stream and activation memory."""

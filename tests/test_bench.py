@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +21,16 @@ from kandrt.scripts.bench.cases import (
     CASES,
     SeededNoise,
     components_of,
+    default_cases,
     make_case,
     make_inputs,
     possible_cases,
 )
-from kandrt.scripts.bench.contenders import CONTENDERS, Source, find_sources, unable, unable_in
-from kandrt.scripts.bench.machine import (
-    convolution,
-    cpu_name,
-    inspect_machine,
-    matrix_product,
-    measured_peaks,
-    open_model,
-)
-from kandrt.scripts.bench.measure import compare
+from kandrt.scripts.bench.contenders import CONTENDERS, chosen, most_exact, unable, unable_in
+from kandrt.scripts.bench.equivalence import BOUNDS, compare, exactness
+from kandrt.scripts.bench.machine import cpu_name, inspect_machine
+from kandrt.scripts.bench.peaks import convolution, matrix_product, measured_peaks, open_model, whole_convolution
+from kandrt.scripts.bench.sources import Source, find_sources
 
 PARTS = {"prior": "prior", "decoder": "decoder", "controlnet": "controlnet"}
 
@@ -82,6 +79,16 @@ def test_a_bundle_is_asked_only_what_it_can(manifest: Manifest) -> None:
     assert possible_cases(decoder) == ["step", "movq", "image-to-image", "cold-start"]
     with pytest.raises(InputError, match="no prior"):
         make_case("text-to-image", decoder)
+
+
+def test_by_default_the_longest_case_is_last_and_movq_has_two_sizes(manifest: Manifest) -> None:
+    names = default_cases(manifest)
+    assert names[-1] == "text-to-image"
+    assert names[names.index("movq") + 1] == "movq@192"  # 1.5 times 128
+    assert "movq@192x384" in default_cases(manifest, (128, 256))
+    for name in names:
+        make_case(name, manifest)
+    assert default_cases(replace(manifest, prior=None)) == ["step", "movq", "movq@192", "cold-start"]
 
 
 @pytest.mark.parametrize("bundle_name", ["miniature", "bundle_2_1", "bundle_3"])
@@ -136,6 +143,27 @@ def test_a_folder_of_checkpoints_will_do(checkpoints: dict[str, Path], manifest:
         find_sources(manifest, [str(tmp_path / "other")])
 
 
+def test_a_checkpoint_of_two_stages_holds_both(manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyV22CombinedPipeline"}')
+    (tmp_path / "unet" / "config.json").write_text('{"in_channels": 4, "addition_embed_type": "image"}')
+    source = Source(str(tmp_path), combined="KandinskyV22CombinedPipeline")
+    assert find_sources(manifest, [str(tmp_path)]) == {"prior": source, "decoder": source}
+    made = replace(
+        manifest,
+        sources=(manifests.Source(str(tmp_path), "KandinskyV22CombinedPipeline"),),
+        decoders={"decoder": manifest.decoders["decoder"]},
+    )
+    assert find_sources(made, []) == {"prior": source, "decoder": source}
+
+
+def test_all_are_all_but_the_baseline() -> None:
+    assert [each.name for each in chosen(["all"])] == [name for name in CONTENDERS if name != "kandrt"]
+    assert [each.name for each in chosen(["kandrt", "diffusers"], "diffusers")] == ["kandrt"]
+    with pytest.raises(InputError, match="nobody"):
+        chosen([], "nobody")
+
+
 def test_who_cannot_run_says_why(manifest: Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sources = {"decoder": Source("x")}
     eager, bf16 = CONTENDERS["diffusers"], CONTENDERS["diffusers-bf16"]
@@ -150,6 +178,13 @@ def test_who_cannot_run_says_why(manifest: Manifest, monkeypatch: pytest.MonkeyP
     assert unable(bf16, manifest, sources) is None
     assert "prior" in (unable_in(eager, make_case("text-to-image", manifest), manifest, sources) or "")
     assert unable_in(eager, make_case("step", manifest), manifest, sources) is None
+    cuda, int8 = CONTENDERS["diffusers-cuda-fp16"], CONTENDERS["kandrt-int8"]
+    monkeypatch.setattr(known, "has_driver", lambda: False)
+    assert "GPU" in (unable(cuda, manifest, sources) or "")
+    monkeypatch.setattr(known, "has_driver", lambda: True)
+    assert unable(cuda, manifest, sources) is None
+    assert "--quantized" in (unable(int8, manifest, sources) or "")
+    assert unable(int8, manifest, sources, quantized=True) is None
     assert "movq and step" in (unable_in(CONTENDERS["onnx-plain"], make_case("prior", manifest), manifest, {}) or "")
 
 
@@ -158,19 +193,46 @@ def test_who_cannot_run_says_why(manifest: Manifest, monkeypatch: pytest.MonkeyP
 
 def test_equal_results_pass_and_different_ones_do_not() -> None:
     picture = np.random.default_rng(0).random((1, 8, 8, 3), np.float32)
-    assert compare({"picture": picture}, {"picture": picture}, ("fp32", "fp32")).found is None
-    near = compare({"picture": picture}, {"picture": picture + np.float32(1e-2)}, ("fp32", "fp32"))
+    assert compare({"picture": picture}, {"picture": picture}, BOUNDS["fp32"], "a").found is None
+    near = compare({"picture": picture}, {"picture": picture + np.float32(1e-2)}, BOUNDS["fp32"], "a")
     assert near.found == pytest.approx(40, abs=1e-3)  # -20 log10(0.01), in float32
-    assert not near.passed
-    assert compare({"picture": picture}, {"picture": picture + np.float32(1e-2)}, ("fp32", "bf16")).passed
+    assert (near.passed, near.to) == (False, "a")
+    for bounds in BOUNDS["16 bits"], BOUNDS["int8"]:
+        assert compare({"picture": picture}, {"picture": picture + np.float32(1e-2)}, bounds, "a").passed
 
 
 def test_the_worst_array_counts() -> None:
     one = {"a": np.ones(4, np.float32), "b": np.ones(4, np.float32)}
-    found = compare(one, {**one, "b": 1.5 * one["b"]}, ("bf16", "fp32"))
+    found = compare(one, {**one, "b": 1.5 * one["b"]}, BOUNDS["16 bits"], "a")
     assert (found.what, found.found, found.passed) == ("relative error", pytest.approx(0.5), False)
-    assert not compare(one, {"a": one["a"]}, ("fp32", "fp32")).passed
-    assert not compare(one, {**one, "b": np.ones((4, 1), np.float32)}, ("fp32", "fp32")).passed
+    assert not compare(one, {"a": one["a"]}, BOUNDS["fp32"], "a").passed
+    assert not compare(one, {**one, "b": np.ones((4, 1), np.float32)}, BOUNDS["fp32"], "a").passed
+
+
+def test_bounds_are_those_of_the_less_exact(manifest: Manifest) -> None:
+    assert exactness("fp32", "fp32") == "fp32"
+    assert exactness("fp32", "bf16") == exactness("fp16", "fp16") == "16 bits"
+    assert exactness("int8", "bf16") == "int8"
+    half = replace(manifest, precision="fp16")
+    assert CONTENDERS["kandrt"].arithmetic(half) == "fp16"
+    assert CONTENDERS["kandrt-openvino-int8"].arithmetic(manifest) == "int8"
+    assert CONTENDERS["kandrt-openvino-int8"].computes_in(manifest) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("names", "baseline", "precision", "exact"),
+    [
+        (["kandrt", "diffusers", "kandrt-int8"], "kandrt", "fp32", "kandrt"),
+        (["diffusers-bf16", "diffusers", "kandrt"], "diffusers", "fp32", "diffusers"),
+        (["diffusers-bf16", "diffusers", "kandrt"], "diffusers-bf16", "fp32", "kandrt"),
+        (["kandrt", "diffusers"], "kandrt", "fp16", "diffusers"),
+        (["kandrt", "diffusers-bf16"], "diffusers-bf16", "fp16", "diffusers-bf16"),
+    ],
+)
+def test_results_are_compared_with_the_most_exact(
+    manifest: Manifest, names: list[str], baseline: str, precision: manifests.Precision, exact: str
+) -> None:
+    assert most_exact(names, replace(manifest, precision=precision), baseline) == exact
 
 
 # The machine
@@ -185,6 +247,11 @@ def test_models_written_by_hand_compute_what_they_say() -> None:
     (y,) = open_model(convolution(kernel), 1).run(None, {"x": x})
     expected = torch.nn.functional.conv2d(torch.from_numpy(x), torch.from_numpy(kernel), padding=1).numpy()
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)  # of 144 products
+    whole = np.rint(127 + 40 * x).clip(0, 255).astype(np.uint8)
+    (y,) = open_model(whole_convolution(kernel), 1).run(None, {"x": whole})
+    x = (whole.astype(np.float32) - 128) / 40
+    expected = torch.nn.functional.conv2d(torch.from_numpy(x), torch.from_numpy(kernel), padding=1).numpy()
+    assert np.abs(y.astype(np.float32) - 128 - expected).max() <= 1.5  # results are rounded to whole numbers
 
 
 def test_the_machine_is_described() -> None:
@@ -193,7 +260,10 @@ def test_the_machine_is_described() -> None:
     assert machine.cpu == cpu_name() != ""
     assert machine.libraries["torch"] == torch.__version__
     assert machine.peaks == {}
-    assert all(value > 0 for value in measured_peaks(1, 16, [(16, 4)]).values())
+    peaks = measured_peaks(1, 16, [(16, 4)], bf16=True)
+    names = ["gemm 16 fp32", "conv3x3 16@4 fp32", "conv3x3 16@4 bf16", "conv3x3 16@4 int8"]
+    assert list(peaks) == [name for name in names if "bf16" not in name or find_spec("openvino")]
+    assert all(value > 0 for value in peaks.values())
 
 
 # What a case costs

@@ -56,21 +56,54 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_everything_reaches_the_plan(plans: list[Plan], tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyV22PriorPipeline"}')
     found = run(
         str(MINIATURE), "--against", "diffusers,onnx-plain", "--against", "kandrt-openvino", "--case", "step@64",
         "--case", "movq*2", "--rounds", "3", "--warm-up", "2", "--size", "64x128", "--batch", "2", "--steps", "4",
         "--prior-steps", "5", "--threads", "1", "--checkpoint", str(tmp_path),
-        "--python", f"diffusers={sys.executable}",
+        "--python", f"diffusers={sys.executable}", "--budget", "2.5", "--scratch", str(tmp_path / "graphs"),
     )  # fmt: skip
     assert found.exit_code == 0, found.output
+    assert (tmp_path / "graphs").is_dir()
     plan = plans[0]
     assert plan.command.startswith("kandrt")
     given = Plan(
         bundle=MINIATURE, contenders=("diffusers", "onnx-plain", "kandrt-openvino"), cases=("step@64", "movq*2"),
         rounds=3, warm_up=2, threads=1, size=(64, 128), batch=2, steps=4, prior_steps=5, checkpoints=(str(tmp_path),),
-        pythons={"diffusers": sys.executable}, command=plan.command,
+        pythons={"diffusers": sys.executable}, command=plan.command, budget=2.5, scratch=tmp_path / "graphs",
     )  # fmt: skip
     assert plan == given
+
+
+def test_a_budget_is_for_the_default_rounds(plans: list[Plan]) -> None:
+    for words in ([], ["--rounds", "3"], ["--budget", "1"]):
+        assert run(*words).exit_code == 0
+    assert [(plan.rounds, plan.budget) for plan in plans] == [(5, 2.0), (3, None), (5, 1.0)]
+
+
+def test_beside_another_baseline_kandrt_is_measured(plans: list[Plan]) -> None:
+    assert run("--baseline", "kandrt-openvino").exit_code == 0
+    assert (plans[0].baseline, plans[0].contenders) == ("kandrt-openvino", ("kandrt", "diffusers"))
+
+
+def test_all_that_can_run_here_are_measured_and_the_others_named(plans: list[Plan]) -> None:
+    found = run("--against", "all")
+    assert found.exit_code == 0
+    assert plans[0].contenders == ("all",)
+    assert "kandrt-int8: needs a bundle in int8: make one with `kandrt quantize" in " ".join(found.stderr.split())
+
+
+def test_tradeoffs_are_of_the_miniature(plans: list[Plan]) -> None:
+    assert run("--tradeoffs").exit_code == 0
+    assert plans[0].tradeoffs > 0
+    found = run(str(MINIATURE), "--tradeoffs")
+    assert found.exit_code == 1
+    assert "--tradeoffs" in found.stderr
+
+
+def test_memory_is_told_where_it_is_asked_for(plans: list[Plan]) -> None:
+    assert "mapped" not in run().stdout
+    assert "mapped" in run("--memory").stdout
 
 
 def test_the_miniature_and_diffusers_are_the_default(plans: list[Plan]) -> None:
@@ -150,6 +183,11 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         (["--python", "diffusers"], ["--python", "NAME=PATH"]),
         (["--python", "nothing=/bin/sh"], ["--python", "nothing", "diffusers"]),
         (["--python", "diffusers=/no/such/python"], ["/no/such/python"]),
+        (["--baseline", "nothing"], ["nothing", "diffusers"]),
+        (["--baseline", "kandrt-int8"], ["baseline kandrt-int8", "--quantized"]),
+        (["--quantized", str(MINIATURE)], ["is in int8", "kandrt quantize"]),
+        (["--budget", "0"], ["budget", "more than 0"]),
+        (["compare", "a.json", "b.json", "--budget", "1"], ["no option but --json"]),
         (["no-such-bundle"], ["no-such-bundle", "does not exist"]),
         (["one", "two"], ["one BUNDLE", "one two"]),
         (["-o", "no-such-folder/a"], ["no-such-folder", "does not exist"]),

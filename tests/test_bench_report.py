@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from kandrt.engines.errors import InputError
 from kandrt.scripts.bench import report as terminal
-from kandrt.scripts.bench.compare import compare, interval
-from kandrt.scripts.bench.compare import show as show_comparison
-from kandrt.scripts.bench.installed import closure, contender_size, installed_size, split
-from kandrt.scripts.bench.quantities import digits, flops_text, outcome, seconds_text, verdict
+from kandrt.scripts.bench.quantities import digits, flops_text, fraction_of_peak, outcome, seconds_text, verdict
 from kandrt.scripts.bench.report_html import page, save_html
 from kandrt.scripts.bench.results import Equivalence, Measurement, Report, Skipped, load, save
 
-from .bench_reports import CASES, FACTORS, made_report
+from .bench_reports import CASES, FACTORS, made_report, made_tradeoffs
 
 VOID = {"meta", "br", "circle", "rect", "line", "path", "use"}
 HOSTILE = '<script>alert("1")</script>&"\''
@@ -81,13 +76,13 @@ def measured(ratios: list[float], equivalence: Equivalence | None = None) -> Mea
     ],
 )
 def test_a_verdict_follows_from_pairs_and_equivalence(ratios: list[float], passed: bool, kind: str) -> None:
-    found = verdict(measured(ratios, Equivalence("PSNR", 60.0, 60.0, passed)))
+    found = verdict(made_report(cases={}), measured(ratios, Equivalence("PSNR", 60.0, 60.0, passed)))
     assert found is not None
     assert found.kind == kind
 
 
 def test_the_baseline_has_no_verdict() -> None:
-    assert verdict(Measurement("step", "kandrt", [1.0])) is None
+    assert verdict(made_report(cases={}), Measurement("step", "kandrt", [1.0])) is None
 
 
 def test_the_outcome_is_against_the_fastest_of_the_others() -> None:
@@ -112,6 +107,37 @@ def test_the_outcome_leaves_out_what_gives_another_result() -> None:
     assert found.claim == "kandrt in fp32 takes 46.0 s."
     assert "differ" in found.detail
     assert "not comparable" in page(replace(report, measurements=wrong))
+
+
+def test_no_verdict_stands_on_a_baseline_that_is_apart() -> None:
+    report = made_report({"diffusers": 2.0}, noise=0)
+    wrong = Equivalence("PSNR", 12.0, 25.0, passed=False, to="diffusers")
+    apart = [m if m.beside else replace(m, equivalence=wrong) for m in report.measurements]
+    found = verdict(replace(report, measurements=apart), report.measurements[-1])
+    assert found is not None
+    assert found.kind == "not comparable"
+
+
+def test_the_outcome_is_about_kandrt_whatever_the_baseline() -> None:
+    report = made_report({"diffusers": 2.0}, noise=0)
+    swapped = {"kandrt": "diffusers", "diffusers": "kandrt"}
+    measurements = [replace(m, contender=swapped[m.contender]) for m in report.measurements]
+    found = outcome(replace(report, measurements=measurements, baseline="diffusers"))
+    assert found.claim == "kandrt in fp32 takes 2.00 times as long as diffusers, fp32."
+
+
+def test_shares_of_the_peak_are_of_the_same_arithmetic() -> None:
+    report = made_report({"kandrt-int8": 0.5, "kandrt-openvino-bf16": 0.8, "diffusers": 2.0}, noise=0)
+    shares = {c.name: fraction_of_peak(report, m) for c in report.contenders if (m := report.find("step", c.name))}
+    flops = next(case.flops for case in report.cases if case.name == "step")
+    assert flops is not None
+    assert shares["kandrt"] == pytest.approx(flops / CASES["step"] / 2.21e11)
+    assert shares["kandrt-int8"] == pytest.approx(flops / (0.5 * CASES["step"]) / 8.2e11)
+    assert shares["kandrt-openvino-bf16"] is None  # no peak of bf16 was measured
+    assert shares["diffusers"] is None  # other work
+    start = report.find("cold-start", "kandrt")
+    assert start is not None
+    assert fraction_of_peak(report, start) is None
 
 
 def test_the_outcome_of_nothing() -> None:
@@ -156,6 +182,27 @@ def test_the_terminal_names_what_was_not_measured_and_the_boundary() -> None:
     text = printed(report, 200)
     assert "not measured: diffusers in step: no [bold]checkpoint[/] found" in text
     assert all(case.boundary in text for case in report.cases)
+
+
+def test_memory_and_tradeoffs_are_shown_where_they_are_asked_for() -> None:
+    report = made_report(tradeoffs=made_tradeoffs())
+    out = Console(file=io.StringIO(), width=80, highlight=False)
+    terminal.show(report, out, memory=True)
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"step +diffusers +\S+ [GM]B +\S+ [GM]B +1\.10 GB +4\.60 GB", text)
+    assert re.search(r"feature reuse +every 2nd +1\.70 s +90 % +86–94 +40 dB", text)
+    assert re.search(r"default +50 steps +2\.40 s +90 % +86–93 +exact", text)
+    assert "4.60 GB" not in printed(report)
+
+
+def test_runs_that_others_disturbed_are_told() -> None:
+    report = made_report(rounds=2)
+    marked = [replace(m, clean=[True, False], beside_clean=[True, True] * bool(m.beside)) for m in report.measurements]
+    disturbed = replace(report, measurements=marked)
+    count = len(marked)
+    assert f"In {count} of {2 * count} runs" in " ".join(printed(disturbed).split())
+    assert f"In {count} of {2 * count} runs" in page(disturbed)
+    assert "runs not all cores" not in printed(report)
 
 
 def test_few_rounds_are_said_to_be_few() -> None:
@@ -212,7 +259,12 @@ def checked(html: str) -> Checker:
 
 @pytest.mark.parametrize(
     "report",
-    [made_report(), made_report(factors={}), made_report(rounds=1, cases={"step": 0.1}), made_report(cases={})],
+    [
+        made_report(tradeoffs=made_tradeoffs()),
+        made_report(factors={}),
+        made_report(rounds=1, cases={"step": 0.1}),
+        made_report(cases={}),
+    ],
     ids=["all", "alone", "one sample", "nothing"],
 )
 def test_the_page_is_well_formed_and_needs_nothing_else(report: Report) -> None:
@@ -242,6 +294,8 @@ def test_the_page_escapes_what_users_and_files_say() -> None:
         cases=[replace(each, name=HOSTILE, boundary=HOSTILE, by_operator={HOSTILE: 1.0}) for each in report.cases],
         measurements=[replace(m, case=HOSTILE, contender=HOSTILE, stages={HOSTILE: 1.0}) for m in report.measurements],
         skipped=[Skipped(HOSTILE, HOSTILE, HOSTILE)],
+        baseline=HOSTILE,
+        tradeoffs=[replace(each, technique=HOSTILE, setting=HOSTILE) for each in made_tradeoffs()],
     )
     html = page(hostile)
     assert "<script" not in html
@@ -257,11 +311,14 @@ def test_the_page_holds_every_number_of_the_outcome() -> None:
     for case in CASES:
         for contender in FACTORS:
             m = report.find(case, contender)
-            if m is not None and (found := verdict(m)) is not None:
+            if m is not None and (found := verdict(report, m)) is not None:
                 assert f"<b>{digits(found.times.median)}</b>" in html
     for text in ("0.1.0", "AMD EPYC", "1.31.0", report.command, "no instructions for bf16", "88 dB", "GFLOP/s"):
         assert text in html
-    titles = ("Time against kandrt", "Where the time goes", "against size", "against batch", "Peak memory", "Operators")
+    titles = (
+        "Time against kandrt", "Where the time goes", "against size", "against batch", "Peak memory", "Operators",
+        "In memory: text-to-image", "a short one, 2 steps of the prior and 1 step of the decoder",
+    )  # fmt: skip
     assert all(f"{title}" in html for title in titles)
 
 
@@ -284,121 +341,3 @@ def test_without_matplotlib_the_page_says_how_to_get_plots(tmp_path: Path, monke
     assert "pip install &#x27;kandrt[bench]&#x27;" in html
     assert "<b>" in html
     assert "diffusers" in printed(made_report())
-
-
-# Comparing
-
-
-def test_a_known_change_is_found_and_noise_is_not() -> None:
-    before = made_report({"diffusers": 2.0}, cases={"step": 1.0, "movq": 1.0}, rounds=15, noise=0.02)
-    measurements = [
-        replace(m, samples=[1.3 * s for s in m.samples]) if m.case == "step" else m for m in before.measurements
-    ]
-    found = compare(before, replace(before, measurements=measurements))
-    by_case = {(each.case, each.contender): each for each in found.changes}
-    assert len(by_case) == 4
-    for (case, _), each in by_case.items():
-        assert each.noise == (case == "movq")
-        assert each.ratio == pytest.approx(1.3 if case == "step" else 1.0)
-        assert each.low <= each.ratio <= each.high
-        assert each.overlap == (case == "movq")
-    assert not found.warnings
-
-
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
-    """Of 200 pairs of samples of one distribution, some 95 % of intervals hold 1; binomial, so 90 % at the least."""
-    draw = np.random.default_rng(0).lognormal
-    holds = 0
-    for _ in range(200):
-        low, high = interval(list(draw(0, 0.1, 15)), list(draw(0, 0.1, 15)))
-        holds += low <= 1 <= high
-    assert holds >= 180
-
-
-def test_the_interval_is_the_same_each_time() -> None:
-    assert interval([1.0, 1.1, 1.2], [2.0, 2.2, 2.1]) == interval([1.0, 1.1, 1.2], [2.0, 2.2, 2.1])
-
-
-def test_what_differs_around_the_measurements_is_told() -> None:
-    before = made_report()
-    machine = replace(before.machine, cpu="another", libraries={**before.machine.libraries, "torch": "3.0"})
-    cases = [replace(case, height=640) if case.name == "movq" else case for case in before.cases]
-    found = compare(before, replace(before, machine=machine, cases=cases, precision="bf16", kandrt="9"))
-    told = "\n".join(found.warnings)
-    for text in ("cpu: ", "torch: 2.13.0 before, 3.0 after", "precision: fp32 before, bf16 after", "kandrt: ",
-                 "case movq: 512x512, batch 1 before, 640x512"):  # fmt: skip
-        assert text in told
-    assert len(found.warnings) == 5
-
-
-def test_what_only_one_report_has_is_listed() -> None:
-    before = made_report({"diffusers": 2.0}, cases={"step": 1.0})
-    after = made_report({"onnx-plain": 2.0}, cases={"step": 1.0, "movq": 1.0})
-    found = compare(before, after)
-    assert [each.contender for each in found.changes] == ["kandrt"]
-    assert found.only_before == ["step diffusers"]
-    assert set(found.only_after) == {"step onnx-plain", "movq kandrt", "movq onnx-plain"}
-
-
-def test_a_comparison_fits_into_80_columns() -> None:
-    out = Console(file=io.StringIO(), width=80, highlight=False)
-    show_comparison(compare(made_report(rounds=2), made_report(rounds=2)), out)
-    text = out.file.getvalue()  # type: ignore[attr-defined]
-    assert max(map(len, text.splitlines())) <= 80
-    assert "within noise*" in text
-    assert "fewer than 5 samples" in " ".join(text.split())
-
-
-# Installed size
-
-
-def test_the_size_of_a_package_is_that_of_its_files() -> None:
-    from importlib.metadata import distribution
-
-    files = {Path(str(file.locate())).resolve() for file in distribution("msgspec").files or []}
-    assert installed_size(["msgspec"]) == sum(file.stat().st_size for file in files)
-
-
-def test_what_is_required_counts_once_and_extras_count() -> None:
-    names = [each.metadata["Name"].lower() for each in closure({"kandrt": frozenset({"cpu"})})]
-    assert len(names) == len(set(names))
-    assert {"kandrt", "numpy", "onnxruntime", "rich", "markdown-it-py"} <= set(names)
-    assert not {"torch", "openvino", "pytest"} & set(names)
-    plain, cpu = installed_size(["kandrt"]), installed_size(["kandrt[cpu]"])
-    assert plain is not None
-    assert cpu is not None
-    assert cpu > plain
-    assert installed_size(["kandrt", "numpy"]) == plain
-
-
-def test_a_package_that_is_not_installed_has_no_size() -> None:
-    assert installed_size(["kandrt-nothing-of-that-name"]) is None
-
-
-@pytest.mark.parametrize(
-    ("requirement", "parts"),
-    [
-        ("numpy", ("numpy", frozenset(), "")),
-        ("Typing_Extensions >=4,<5", ("typing-extensions", frozenset(), "")),
-        ('httpx[http2, socks]>=0.2; extra == "net"', ("httpx", frozenset({"http2", "socks"}), ' extra == "net"')),
-        ("a @ file:///x", ("a", frozenset(), "")),
-        ("!", None),
-    ],
-)
-def test_requirements_are_read(requirement: str, parts: object) -> None:
-    assert split(requirement) == parts
-
-
-def test_every_worker_has_a_size_or_is_not_installed() -> None:
-    from kandrt.scripts.bench.contenders import CONTENDERS
-
-    for contender in CONTENDERS.values():
-        size = contender_size(contender.worker, contender.settings)
-        assert size is None or size > 10**6
-
-
-def test_json_of_a_comparison_is_plain() -> None:
-    import msgspec
-
-    found = msgspec.to_builtins(compare(made_report(), made_report()))
-    assert json.loads(json.dumps(found))["warnings"] == []

@@ -17,11 +17,11 @@ import pytest
 from kandrt.engines.bundle import open_bundle
 from kandrt.engines.errors import BackendError, InputError
 from kandrt.runtime.miniature import MINIATURE
-from kandrt.scripts.bench import measure as harness
+from kandrt.scripts.bench import arena as harness
 from kandrt.scripts.bench.cases import make_case, make_inputs
 from kandrt.scripts.bench.kandrt_worker import parts
 from kandrt.scripts.bench.measure import Plan, measure
-from kandrt.scripts.bench.results import BASELINE, Report, load, save
+from kandrt.scripts.bench.results import BASELINE, Equivalence, Report, load, save
 from kandrt.scripts.bench.session import Worker
 from kandrt.scripts.bench.worker import Job, Reply, Request, Server, one_line
 
@@ -267,10 +267,10 @@ def test_ctrl_c_ends_the_workers(pids: list[int], at: str) -> None:
 def test_a_signal_from_the_terminal_reaches_the_harness_alone(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom pathlib import Path\nfrom kandrt.runtime.miniature import MINIATURE\n"
-        "from kandrt.scripts.bench import measure as m\n"
-        "class Seen(m.Worker):\n"
-        "    def __init__(self, *a):\n        super().__init__(*a)\n        print(self.pid, flush=True)\n"
-        "m.Worker = Seen\nm.measure(m.Plan(MINIATURE, cases=('movq',), rounds=10**6, peaks=False), lambda _: None)"
+        "from kandrt.scripts.bench import arena as a, measure as m\n"
+        "class Seen(a.Worker):\n"
+        "    def __init__(self, *all):\n        super().__init__(*all)\n        print(self.pid, flush=True)\n"
+        "a.Worker = Seen\nm.measure(m.Plan(MINIATURE, cases=('movq',), rounds=10**6, peaks=False), lambda _: None)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -287,7 +287,7 @@ def test_a_signal_from_the_terminal_reaches_the_harness_alone(tmp_path: Path) ->
 # diffusers, which takes seconds to import
 
 
-def find(report: Report, case: str, contender: str) -> harness.Equivalence:
+def find(report: Report, case: str, contender: str) -> Equivalence:
     measurement = report.find(case, contender)
     assert measurement is not None, report.skipped
     assert measurement.equivalence is not None
@@ -301,6 +301,14 @@ def test_diffusers_gives_the_same_picture(bundle: Path, checkpoints: dict[str, P
     assert found.what == "PSNR"
     assert found.passed
     assert set(report.measurements[1].stages) == {"prior", "decoder", "movq"}
+
+
+def test_a_checkpoint_of_both_stages_gives_the_same_picture(bundle: Path, checkpoints: dict[str, Path]) -> None:
+    """Its weights are those of the bundle: tests/test_combined.py."""
+    folders = (str(checkpoints["combined"]),)
+    report = measure(plan(bundle, "diffusers", cases=("text-to-image", "step"), checkpoints=folders, rounds=1), quiet)
+    assert find(report, "text-to-image", "diffusers").passed
+    assert find(report, "step", "diffusers").passed
 
 
 def test_another_network_does_not_pass(bundle: Path, tmp_path: Path) -> None:

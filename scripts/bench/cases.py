@@ -25,6 +25,7 @@ TIMESTEP = 500
 LATENT_CHANNELS = 4
 PADDING_SHARE = 4  # one token in so many of a random text is padding
 
+DEFAULT_CASES = ("prior", "prior-first", "step", "movq", "cold-start", "load", "text-to-image")
 NAME = re.compile(r"(?P<kind>[a-z-]+)(@(?P<height>\d+)(x(?P<width>\d+))?)?(\*(?P<batch>\d+))?")
 
 
@@ -34,6 +35,7 @@ class Kind:
 
     boundary says what is timed. fresh: each sample is a new process, timed from its start; opens: it ends when all is
     open, and nothing runs. keeps: whether a prior keeps what it made of the empty prompt from one run to the next.
+    weight: its share of a budget of time, beside others'.
     """
 
     stage: Stage
@@ -41,6 +43,7 @@ class Kind:
     fresh: bool = False
     opens: bool = False
     keeps: bool = True
+    weight: float = 1.0
 
 
 CASES: Mapping[str, Kind] = {
@@ -60,12 +63,15 @@ CASES: Mapping[str, Kind] = {
         "step is worked out before where a contender can.",
     ),
     "movq": Kind("movq", "Latents to pixels: MoVQ's decoder alone."),
-    "text-to-image": Kind("text-to-image", "Prompt to finished pixel values in memory: prior, all steps, MoVQ."),
+    "text-to-image": Kind(
+        "text-to-image", "Prompt to finished pixel values in memory: prior, all steps, MoVQ.", weight=6.0
+    ),
     "image-to-image": Kind(
         "image-to-image",
         f"Picture and embedding to finished pixel values, strength {STRENGTH}: MoVQ's encoder, steps, MoVQ's decoder.",
+        weight=3.0,
     ),
-    "controlnet": Kind("controlnet", "Depth hint and embedding to finished pixel values: all steps, MoVQ."),
+    "controlnet": Kind("controlnet", "Depth hint and embedding to finished pixel values: all steps, MoVQ.", weight=6.0),
     "cold-start": Kind(
         "step",
         "A new process, from its start to the first finished evaluation of the decoder's UNet: importing, opening, "
@@ -102,6 +108,7 @@ class Case:
     fresh: bool = False
     opens: bool = False
     keeps: bool = True
+    weight: float = 1.0
     strength: float = STRENGTH
     prior_guidance_scale: float = PRIOR_GUIDANCE_SCALE
     seed: int = SEED
@@ -136,6 +143,26 @@ class SeededNoise:
 def possible_cases(manifest: Manifest) -> list[str]:
     """Names of the cases that a bundle can be measured in."""
     return [name for name in CASES if impossible(name, manifest) is None]
+
+
+def default_cases(manifest: Manifest, size: tuple[int, int] | None = None) -> list[str]:
+    """Those that are measured unless others are named: MoVQ at a larger size too, and the longest case last.
+
+    What the cases before it leave of a budget is its own. size is (height, width).
+    """
+    there = possible_cases(manifest)
+    names = [name for name in DEFAULT_CASES if name in there]
+    record = manifest.decoders.get("decoder")
+    if record is not None and "movq" in names:
+        sides = size or (record.default_size, record.default_size)
+        height, width = (larger(side, record.size_multiple) for side in sides)
+        names.insert(names.index("movq") + 1, f"movq@{height}" + (f"x{width}" if width != height else ""))
+    return names or there
+
+
+def larger(side: int, multiple: int) -> int:
+    """1.5 times a side, in multiples."""
+    return round(1.5 * side / multiple) * multiple
 
 
 def impossible(name: str, manifest: Manifest) -> str | None:
@@ -202,6 +229,7 @@ def make_case(
         fresh=kind.fresh,
         opens=kind.opens,
         keeps=kind.keeps,
+        weight=kind.weight,
     )
 
 

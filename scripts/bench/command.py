@@ -15,6 +15,7 @@ from ...engines.errors import InputError, MissingExtraError, OutputError
 from ..console import Json, pieces, print_json, stdout, warn
 
 if TYPE_CHECKING:
+    from ...engines.manifest import Manifest
     from .measure import Plan
     from .results import Report
 
@@ -23,8 +24,12 @@ EXAMPLE = (
     "kandrt bench my-bundle --against diffusers,diffusers-bf16 --output bench\n\nkandrt bench compare old.json new.json"
 )
 COMPARE = "compare"
+OWN_NAME = "kandrt"
 SUFFIXES = (".json", ".html")
-DEFAULT_RIVAL = "diffusers"
+DEFAULT_RIVAL, IN_INT8 = "diffusers", ("kandrt-int8", "kandrt-openvino-int8")
+ROUNDS, BUDGET, SMALL_BUDGET = 5, 45.0, 2.0  # minutes
+SMALL = 10**8  # parameters of a bundle's largest network
+PICTURES = 60  # a setting, of trade-offs
 OWN_EXTRAS = ("openvino",)  # packages that an extra of the same name installs
 
 
@@ -39,17 +44,31 @@ def command(
     ] = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME,NAME", help="Contenders, or none.", show_default="diffusers, if installed"),
+        typer.Option(metavar="NAME,NAME", help="Contenders, all or none.", show_default="diffusers, if installed"),
     ] = None,
+    baseline: Annotated[
+        str, typer.Option(metavar="NAME", help="The contender that the others are set beside.")
+    ] = "kandrt",
     case: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[@SIZE][*BATCH]",
             help="What to measure, such as step@768; may be repeated.",
-            show_default="all that the bundle can",
+            show_default="prior, step, MoVQ, picture, start",
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender that count.")] = 5,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs of each contender that count.", show_default="5, or what the budget allows"),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            help="For all; each case gets a round even so.",
+            show_default="45, of small networks 2; none with --rounds",
+        ),
+    ] = None,
     warm_up: Annotated[int, typer.Option(min=0, help="Runs before them.")] = 1,
     size: Annotated[
         str | None, typer.Option(metavar="SIDE|HEIGHTxWIDTH", help="Pixels.", show_default="the checkpoint's own")
@@ -66,9 +85,25 @@ def command(
             show_default="those that the bundle was made from",
         ),
     ] = None,
+    quantized: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The bundle in int8, by `kandrt quantize`.", show_default=False),
+    ] = None,
     python: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="The interpreter that runs a contender.", show_default="this one"),
+    ] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Keeps onnx-plain's graphs for later runs.", show_default=False),
+    ] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="A table of memory by kind.")] = False,
+    tradeoffs: Annotated[
+        bool, typer.Option("--tradeoffs", help="Of the miniature, quality against time of ways to do less; minutes.")
+    ] = False,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The miniature with feature reuse, for --tradeoffs.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
@@ -85,7 +120,10 @@ def command(
     """
     found = list(words or [])
     if found[:1] == [COMPARE]:
-        given = [against, case, size, batch, steps, prior_steps, threads, checkpoint, python, output]
+        given = [
+            against, case, size, batch, steps, prior_steps, threads, checkpoint, python, output, rounds, budget,
+            quantized, scratch, reuse,
+        ]  # fmt: skip
         show_comparison(found[1:], json, unused=any(each is not None for each in given))
         return
     if len(found) > 1:
@@ -93,10 +131,11 @@ def command(
     targets = output_files(output)
     plan = make_plan(
         found, against, {"cases": tuple(case or ()), "size": size_of(size), "checkpoints": tuple(checkpoint or ())},
-        rounds=rounds, warm_up=warm_up, batch=batch, steps=steps, prior_steps=prior_steps, threads=threads,
-        pythons=pythons_of(python or []),
+        rounds=rounds, budget=budget, warm_up=warm_up, batch=batch, steps=steps, prior_steps=prior_steps,
+        threads=threads, pythons=pythons_of(python or []), baseline=baseline, quantized=quantized,
+        scratch=folder_of(scratch), tradeoffs=PICTURES if tradeoffs else 0, reuse_bundle=reuse,
     )  # fmt: skip
-    finish(run(plan), targets, json=json)
+    finish(run(plan), targets, json=json, memory=memory)
 
 
 # Measuring
@@ -106,27 +145,56 @@ def make_plan(words: Sequence[str], against: list[str] | None, chosen: dict[str,
     """What the options ask for; InputError for what is not known, before anything is measured."""
     from ...engines.bundle import open_bundle
     from ...runtime.miniature import MINIATURE
-    from .cases import make_case
     from .contenders import CONTENDERS
     from .contenders import chosen as contenders_of
-    from .measure import Plan
+    from .measure import Plan, prepare
 
     bundle = Path(words[0]) if words else MINIATURE
-    names = split(against)
-    contenders_of(names or ())
-    unknown = sorted(settings["pythons"].keys() - CONTENDERS.keys())
+    names, pythons, baseline = split(against), settings["pythons"], settings["baseline"]
+    contenders_of(names or (), baseline)
+    unknown = sorted(pythons.keys() - CONTENDERS.keys())
     if unknown:
         raise InputError(f"--python: expected a contender of {', '.join(CONTENDERS)}, found {', '.join(unknown)}")
+    if settings["tradeoffs"] and words:
+        raise InputError("--tradeoffs: pictures are judged of the miniature alone; leave BUNDLE out")
+    asked = [*(names or ()), *([baseline] if baseline != OWN_NAME else [])]
+    check_installed([name for name in asked if name not in pythons and name != "all"])
     if names is None:
-        here = not lacking(CONTENDERS[DEFAULT_RIVAL].needs)
-        names = [DEFAULT_RIVAL] if here or DEFAULT_RIVAL in settings["pythons"] else []
-    check_installed([name for name in names if name not in settings["pythons"]])
+        names = default_contenders(baseline, pythons, in_int8=settings["quantized"] is not None)
     manifest = open_bundle(bundle).manifest
-    sizes = {name: settings[name] for name in ("batch", "steps", "prior_steps")}
-    for name in chosen["cases"]:
-        make_case(name, manifest, size=chosen["size"], **sizes)
+    settings |= pace(settings["rounds"], settings["budget"], manifest)
     command = shlex.join(["kandrt", *sys.argv[1:]])
-    return Plan(bundle=bundle, contenders=tuple(names), command=command, **chosen, **settings)
+    plan = Plan(bundle=bundle, contenders=tuple(names), command=command, **chosen, **settings)
+    for each in prepare(plan).skipped:
+        warn(f"not measured: {each.contender}: {each.why}")
+    return plan
+
+
+def default_contenders(baseline: str, pythons: dict[str, str], *, in_int8: bool) -> list[str]:
+    """What is measured where nothing is named: diffusers where it is installed, and the bundle in int8 where given."""
+    from .contenders import CONTENDERS
+
+    wanted = [*([] if baseline == OWN_NAME else [OWN_NAME]), DEFAULT_RIVAL, *(IN_INT8 if in_int8 else ())]
+    here = [name for name in wanted if name in pythons or not lacking(CONTENDERS[name].needs)]
+    return [name for name in here if name != baseline]
+
+
+def pace(rounds: int | None, budget: float | None, manifest: Manifest) -> dict[str, Any]:
+    """Rounds and budget of a plan: the default budget is for the default rounds."""
+    if budget is None and rounds is None:
+        largest = max((component.parameters for component in manifest.components.values()), default=0)
+        budget = SMALL_BUDGET if largest < SMALL else BUDGET
+    return {"rounds": ROUNDS if rounds is None else rounds, "budget": budget}
+
+
+def folder_of(path: Path | None) -> Path | None:
+    """A folder to write to, made where it is not there; OutputError where it cannot be."""
+    if path is not None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write to {path}: {error.strerror or error}") from error
+    return path
 
 
 def split(against: list[str] | None) -> list[str] | None:
@@ -201,7 +269,7 @@ def output_files(output: Path | None) -> list[Path]:
     return files
 
 
-def finish(report: Report, targets: Sequence[Path], *, json: bool) -> None:
+def finish(report: Report, targets: Sequence[Path], *, json: bool, memory: bool = False) -> None:
     """Write the files, then show what was found."""
     from .report import show
     from .report_html import save_html
@@ -210,7 +278,7 @@ def finish(report: Report, targets: Sequence[Path], *, json: bool) -> None:
     if json:
         print_json(report)
     else:
-        show(report, stdout())
+        show(report, stdout(), memory=memory)
     for path in targets:  # last, so that a full disk does not take away what was measured
         (save_html if path.suffix == ".html" else save)(report, path)
         if not json:

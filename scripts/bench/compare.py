@@ -66,11 +66,11 @@ def compare(before: Report, after: Report) -> Comparison:
 def change(before: Measurement, after: Measurement) -> Change:
     """What became of a contender in a case."""
     first, second = before.seconds, after.seconds
-    low, high = interval(before.samples, after.samples)
+    low, high = interval(before.counted, after.counted)
     return Change(
         before.case, before.contender, first, second, second.median / first.median, low, high,
         overlap=first.low <= second.high and second.low <= first.high,
-        few=min(len(before.samples), len(after.samples)) < FEW_SAMPLES,
+        few=min(len(before.counted), len(after.counted)) < FEW_SAMPLES,
     )  # fmt: skip
 
 

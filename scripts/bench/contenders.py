@@ -1,22 +1,23 @@
-"""The contenders: ways to run the same checkpoints, what each needs, and where its checkpoints lie."""
+"""The contenders: ways to run the same checkpoints, what each needs, and which of them can run here."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
+from ...engines.auto import has_driver
+from ...engines.backends import unusable
 from ...engines.errors import InputError
-from ...engines.manifest import Manifest, Precision, Role
-from ...export.families import FAMILIES, PRIOR, family_of
+from ...engines.manifest import Manifest, Precision
 from .cases import Case
 from .results import BASELINE
+from .sources import Part, Source
 
 WorkerKind = Literal["kandrt", "diffusers", "onnx"]
-Part: TypeAlias = Literal["prior"] | Role
+ALL = "all"
 
 # Flags of /proc/cpuinfo of CPUs with instructions for bf16: those of x86, and of Arm.
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "svebf16"}
@@ -27,9 +28,9 @@ CPU_INFO = Path("/proc/cpuinfo")
 class Contender:
     """A way to run the checkpoints.
 
-    settings are its worker's. precision is what it computes in, None for the bundle's own. needs: modules that must be
-    there. stages: of cases that it can be measured in, None for all. reads_checkpoints: diffusers' layout rather than
-    the bundle.
+    settings are its worker's. precision is what it computes in, None for the bundle's own; int8: most of it in 8 bits,
+    and in `precision` the rest. needs: modules that must be there. stages: of cases that it can be measured in, None
+    for all.
     """
 
     name: str
@@ -39,14 +40,42 @@ class Contender:
     precision: Precision | None = None
     needs: tuple[str, ...] = ()
     stages: frozenset[str] | None = None
+    int8: bool = False
 
     @property
     def reads_checkpoints(self) -> bool:
         """Whether it runs checkpoints in diffusers' layout rather than the bundle."""
         return self.worker != "kandrt"
 
+    @property
+    def device(self) -> str:
+        """Where it computes: "cpu" or "cuda"."""
+        return self.settings.get("device", "cpu")
+
+    def computes_in(self, manifest: Manifest) -> Precision:
+        """What it computes in, int8 apart."""
+        return self.precision or manifest.precision
+
+    def arithmetic(self, manifest: Manifest) -> str:
+        """What most of its operations are computed in."""
+        return "int8" if self.int8 else self.computes_in(manifest)
+
 
 TORCH = ("torch", "diffusers", "transformers")
+
+
+def kandrt(
+    name: str,
+    title: str,
+    backend: str,
+    precision: Precision | None = None,
+    device: str = "cpu",
+    needs: tuple[str, ...] = (),
+    int8: bool = False,
+) -> Contender:
+    """kandrt with one of its backends."""
+    settings = {"backend": backend, "device": device} | ({} if precision is None else {"precision": precision})
+    return Contender(name, title, "kandrt", settings, precision, needs or (backend,), int8=int8)
 
 
 def diffusers(name: str, title: str, precision: Precision = "fp32", **settings: str) -> Contender:
@@ -57,21 +86,20 @@ def diffusers(name: str, title: str, precision: Precision = "fp32", **settings: 
 CONTENDERS: Mapping[str, Contender] = {
     contender.name: contender
     for contender in (
-        Contender(BASELINE, "kandrt, ONNX Runtime", "kandrt", {"backend": "onnxruntime"}, None, ("onnxruntime",)),
-        Contender("kandrt-openvino", "kandrt, OpenVINO", "kandrt", {"backend": "openvino"}, None, ("openvino",)),
-        Contender(
-            "kandrt-openvino-bf16",
-            "kandrt, OpenVINO, bf16",
-            "kandrt",
-            {"backend": "openvino", "precision": "bf16"},
-            "bf16",
-            ("openvino",),
-        ),
+        kandrt(BASELINE, "kandrt, ONNX Runtime", "onnxruntime"),
+        kandrt("kandrt-openvino", "kandrt, OpenVINO", "openvino"),
+        kandrt("kandrt-openvino-bf16", "kandrt, OpenVINO, bf16", "openvino", "bf16"),
+        kandrt("kandrt-int8", "kandrt, ONNX Runtime, int8 and fp32", "onnxruntime", int8=True),
+        kandrt("kandrt-openvino-int8", "kandrt, OpenVINO, int8 and bf16", "openvino", "bf16", int8=True),
         diffusers("diffusers", "diffusers, fp32"),
         diffusers("diffusers-channels-last", "diffusers, fp32, channels last", channels_last="yes"),
         diffusers("diffusers-bf16", "diffusers, bf16", "bf16"),
         diffusers("diffusers-bf16-channels-last", "diffusers, bf16, channels last", "bf16", channels_last="yes"),
-        diffusers("diffusers-compile", "diffusers, fp32, torch.compile", compile="yes"),
+        diffusers("diffusers-compile", "diffusers, fp32, torch.compile, frozen weights", compile="yes", freeze="yes"),
+        diffusers(
+            "diffusers-compile-bf16", "diffusers, bf16, torch.compile, frozen weights", "bf16", compile="yes",
+            freeze="yes",
+        ),
         Contender(
             "onnx-plain",
             "torch.onnx.export of diffusers' networks, ONNX Runtime",
@@ -81,25 +109,25 @@ CONTENDERS: Mapping[str, Contender] = {
             (*TORCH, "onnxscript", "onnxruntime"),
             frozenset({"step", "movq"}),
         ),
+        kandrt("kandrt-cuda", "kandrt, ONNX Runtime on the GPU", "onnxruntime", None, "cuda", ("onnxruntime", "cupy")),
+        kandrt("kandrt-tensorrt", "kandrt, TensorRT", "tensorrt", None, "cuda", ("tensorrt", "cupy")),
+        kandrt("kandrt-tensorrt-rtx", "kandrt, TensorRT-RTX", "tensorrt-rtx", None, "cuda", ("tensorrt_rtx", "cupy")),
+        diffusers("diffusers-cuda-fp16", "diffusers on the GPU, fp16", "fp16", device="cuda"),
+        diffusers(
+            "diffusers-cuda-fp16-compile", "diffusers on the GPU, fp16, torch.compile", "fp16", device="cuda",
+            compile="yes",
+        ),
     )
-}
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a checkpoint is: a folder, or a hub id with its revision; variant names its weight files."""
-
-    folder: str
-    revision: str | None = None
-    variant: str | None = None
-
-
-def chosen(names: Iterable[str]) -> list[Contender]:
-    """Contenders by name, the baseline apart, each once; InputError for one that is not known."""
-    unique = [name for name in dict.fromkeys(names) if name != BASELINE]
-    unknown = [name for name in unique if name not in CONTENDERS]
+def chosen(names: Iterable[str], baseline: str = BASELINE) -> list[Contender]:
+    """Contenders by name, the baseline apart, each once, "all" for all; InputError for one that is not known."""
+    spelled = [each for name in names for each in (CONTENDERS if name == ALL else [name])]
+    unique = [name for name in dict.fromkeys(spelled) if name != baseline]
+    unknown = [name for name in (*unique, baseline) if name not in CONTENDERS]
     if unknown:
-        raise InputError(f"contender: expected {', '.join(CONTENDERS)}, found {', '.join(unknown)}")
+        raise InputError(f"contender: expected {', '.join((*CONTENDERS, ALL))}, found {', '.join(unknown)}")
     return [CONTENDERS[name] for name in unique]
 
 
@@ -109,18 +137,29 @@ def unable(
     sources: Mapping[Part, Source],
     other_python: bool = False,
     *,
-    find: bool = True,
+    quantized: bool = False,
 ) -> str | None:
-    """Why a contender cannot run here at all, or None; what an interpreter of its own has shows when it starts."""
+    """Why a contender cannot run here at all, or None; what an interpreter of its own has shows when it starts.
+
+    quantized: whether there is a bundle in int8.
+    """
     if contender.reads_checkpoints and not sources:
         named = ", ".join(source.checkpoint for source in manifest.sources) or "none"
         return f"no checkpoint found; the bundle was made from {named}: say where they are with --checkpoint FOLDER"
-    if contender.precision == "bf16" and has_bf16() is False:
+    if contender.int8 and not quantized:
+        return "needs a bundle in int8: make one with `kandrt quantize BUNDLE -o FOLDER`, and give --quantized FOLDER"
+    if contender.precision == "bf16" and contender.device == "cpu" and has_bf16() is False:
         return "this CPU has no instructions for bf16"
-    if other_python or not find:
+    if contender.device == "cuda" and not has_driver():
+        return "no NVIDIA GPU here, or no driver"
+    if other_python:
         return None
     lacking = [name for name in contender.needs if find_spec(name) is None]
-    return f"needs {', '.join(lacking)}, which is not installed" if lacking else None
+    if lacking:
+        return f"needs {', '.join(lacking)}, which is not installed"
+    if contender.worker == "kandrt" and contender.device != "cpu":
+        return unusable(contender.settings["backend"], contender.device, manifest.precision, contender.precision)
+    return None
 
 
 def unable_in(contender: Contender, case: Case, manifest: Manifest, sources: Mapping[Part, Source]) -> str | None:
@@ -145,56 +184,11 @@ def has_bf16() -> bool | None:
     return bool(words & BF16_FLAGS) if words & {"flags", "Features"} else None
 
 
-def find_sources(manifest: Manifest, folders: Iterable[str]) -> dict[Part, Source]:
-    """The checkpoints of a bundle's parts: those in `folders`, else those that it was made from, where they are there.
+def most_exact(names: Sequence[str], manifest: Manifest, baseline: str) -> str:
+    """Of contenders that gave a result, the one that the others' are compared with: see `docs/bench.md`.
 
-    Raises InputError for a folder that neither is a checkpoint nor holds any.
+    The baseline if it computes in fp32, else the first that does, in the order of CONTENDERS; where none does, the
+    baseline.
     """
-    given: dict[Part, Source] = {}
-    for folder in folders:
-        inside = [Path(folder), *sorted(each for each in Path(folder).glob("*") if each.is_dir())]
-        found: list[tuple[Part, Source]] = []
-        for each in inside:
-            part = part_of(each)
-            if part is not None:
-                found.append((part, Source(str(each))))
-        if not found:
-            raise InputError(
-                f"checkpoint {folder}: expected a folder in diffusers' layout with one of "
-                f"{', '.join(alone())} in its model_index.json, or a folder of such"
-            )
-        given.update(found)
-    if given:
-        return given
-    # The class does not tell what a decoder was trained for: 2.1's for inpainting is named as the other. An export adds
-    # decoders in the order of their checkpoints.
-    made: dict[Part, Source] = {}
-    decoders, pipelines = iter(manifest.decoders), family_of(manifest.family).pipelines
-    for source in manifest.sources:
-        stages = pipelines.get(source.kind, ())
-        name: Part | None = next(decoders, None) if "decoder" in stages else "prior"
-        there = Path(source.checkpoint).is_dir() or source.revision is not None
-        if name is not None and len(stages) == 1 and there:
-            made[name] = Source(source.checkpoint, source.revision, source.variant)
-    return made
-
-
-def alone() -> list[str]:
-    """Pipeline classes of checkpoints that hold one stage."""
-    return [name for family in FAMILIES for name, stages in family.pipelines.items() if len(stages) == 1]
-
-
-def part_of(folder: Path) -> Part | None:
-    """What a checkpoint's folder holds, None where it is none, or holds two stages."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        family = next(family for family in FAMILIES if index["_class_name"] in family.pipelines)
-        stages = family.pipelines[index["_class_name"]]
-        if len(stages) > 1:
-            return None
-        if stages == PRIOR:
-            return "prior"
-        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-        return family.unets.get((unet.get("in_channels", 4), unet.get("addition_embed_type")))
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        return None
+    exact = [name for name in CONTENDERS if name in names and CONTENDERS[name].arithmetic(manifest) == "fp32"]
+    return baseline if baseline in exact or not exact else exact[0]

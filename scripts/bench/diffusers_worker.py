@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from PIL import Image
 from ...engines.errors import InputError
 from ...engines.manifest import FamilyName
 from .cases import Inputs, SeededNoise
-from .contenders import Part, Source
+from .device_clock import DeviceClock, TorchEvents
+from .sources import Part, Source
 from .worker import Job, Subject
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -63,13 +65,16 @@ def subject(job: Job) -> Subject:
 
 
 class DiffusersSubject:
-    """A case under diffusers; settings "channels_last" and "compile" are "yes" or absent."""
+    """A case under diffusers; settings "channels_last", "compile" and "freeze" are "yes" or absent, "device" a name.
+
+    freeze: compiled networks hold their weights as constants, in the layouts that their kernels like best.
+    """
 
     def __init__(self, job: Job) -> None:
         import diffusers
         import torch
 
-        self._job, self._case, self._classes = job, job.case, FAMILIES[job.family]
+        self._job, self.case, self._classes = job, job.case, FAMILIES[job.family]
         self.stages: dict[str, float] = {}
         self._diffusers: Any = diffusers
         self._torch: Any = torch
@@ -77,30 +82,38 @@ class DiffusersSubject:
         self._result: dict[str, Any] = {}
         self._inputs: Inputs = {}
         self._pipes: dict[str, Any] = {}
+        self._combined: dict[str, Any] = {}
+        self._device = job.settings.get("device", "cpu")
         self._network: Callable[[], Any] = lambda: None
         self._decode_seconds = 0.0
         torch.set_num_threads(job.threads)
+        self.clock = DeviceClock(TorchEvents(torch)) if self._device == "cuda" else None
+        self.times_device = job.case.stage in ("step", "movq")
+        if self._setting("freeze"):
+            import torch._inductor.config as inductor
+
+            inductor.freezing = True
         diffusers.utils.logging.disable_progress_bar()
 
     def open(self, inputs: Inputs) -> None:
         """Load the pipelines of the case, or the one network."""
-        self._inputs, stage = inputs, self._case.stage
+        self._inputs, stage = inputs, self.case.stage
         if stage in ("step", "movq"):
             self._network = self._open_step() if stage == "step" else self._open_movq()
             return
-        if self._case.runs_prior and "prior" in self._classes.pipelines:
+        if self.case.runs_prior and "prior" in self._classes.pipelines:
             self._pipes["prior"] = self._pipeline("prior", "prior")
         if stage != "prior":
-            self._pipes["decoder"] = self._pipeline(stage, self._case.role)
+            self._pipes["decoder"] = self._pipeline(stage, self.case.role)
 
     def prepare(self) -> None:
         """Nothing."""
 
     def run(self) -> None:
         """What is timed."""
-        if self._case.opens:
+        if self.case.opens:
             return
-        with self._torch.no_grad(), Injected(self._torch, SeededNoise(self._case.seed)):
+        with self._torch.no_grad(), Injected(self._torch, SeededNoise(self.case.seed), self._device):
             if not self._pipes:
                 self._result = self._network()
                 return
@@ -109,7 +122,7 @@ class DiffusersSubject:
     def result(self) -> Mapping[str, NDArray[Any]]:
         """What the last run gave, in float32."""
         arrays = {
-            name: value if isinstance(value, np.ndarray) else value.float().numpy()
+            name: value if isinstance(value, np.ndarray) else value.float().cpu().numpy()
             for name, value in self._result.items()
         }
         if "pixels" in arrays:
@@ -129,8 +142,7 @@ class DiffusersSubject:
         name = self._classes.pipelines.get(stage)
         if name is None:
             raise InputError(f"diffusers has no pipeline of this family for {stage}")
-        folder, options = self._source(part)
-        pipe = getattr(self._diffusers, name).from_pretrained(folder, torch_dtype=self._dtype, **options)
+        pipe = self._load(getattr(self._diffusers, name), part).to(self._device)
         pipe.set_progress_bar_config(disable=True)
         for each in ("prior", "unet"):
             if hasattr(pipe, each):
@@ -138,6 +150,19 @@ class DiffusersSubject:
         if hasattr(pipe, "movq"):
             pipe.movq.decode = self._timed(self._tuned_decode(pipe.movq))
         return pipe
+
+    def _load(self, pipeline: Any, part: Part) -> Any:
+        """A pipeline of a checkpoint, or of its part of one that holds prior and decoder."""
+        folder, options = self._source(part)
+        combined = self._job.sources[part].combined
+        if not combined:
+            return pipeline.from_pretrained(folder, torch_dtype=self._dtype, **options)
+        if folder not in self._combined:
+            whole = getattr(self._diffusers, combined)
+            self._combined[folder] = whole.from_pretrained(folder, torch_dtype=self._dtype, **options)
+        prefix, components = "prior_" if part == "prior" else "", self._combined[folder].components
+        names = signature(pipeline.__init__).parameters
+        return pipeline(**{name: components[prefix + name] for name in names if prefix + name in components})
 
     def _tuned(self, module: Any) -> Any:
         if self._setting("channels_last"):
@@ -164,30 +189,31 @@ class DiffusersSubject:
         return run
 
     def _tensor(self, name: str) -> Any:
-        return self._torch.from_numpy(self._inputs[name]).to(self._dtype)
+        return self._torch.from_numpy(self._inputs[name]).to(self._device, self._dtype)
 
     def _module(self, class_name: str, part: Part, subfolder: str) -> Any:
         folder, options = self._source(part)
-        return getattr(self._diffusers, class_name).from_pretrained(
+        network = getattr(self._diffusers, class_name).from_pretrained(
             folder, subfolder=subfolder, torch_dtype=self._dtype, **options
         )
+        return network.to(self._device)
 
     def _open_step(self) -> Callable[[], Any]:
-        unet = self._tuned(self._module(self._classes.unet, self._case.role, "unet").eval())
+        unet = self._tuned(self._module(self._classes.unet, self.case.role, "unet").eval())
         sample = self._torch.cat([self._tensor("sample")] * 2)
         told = step_arguments(self._job.family, {
             name.removeprefix("context."): self._tensor(name) for name in self._inputs if name.startswith("context.")
         })  # fmt: skip
-        timestep = self._torch.tensor(int(self._inputs["context.timesteps"][0]))
+        timestep = self._torch.tensor(int(self._inputs["context.timesteps"][0]), device=self._device)
         return lambda: {"prediction": unet(sample, timestep, **told, return_dict=False)[0]}
 
     def _open_movq(self) -> Callable[[], Any]:
-        movq = self._module("VQModel", self._case.role, "movq").eval()
+        movq = self._module("VQModel", self.case.role, "movq").eval()
         decode, latents = self._tuned_decode(movq), self._tensor("latents")
         return lambda: {"pixels": decode(latents, force_not_quantize=True).sample}
 
     def _run_pipelines(self) -> None:
-        case, start = self._case, time.perf_counter()
+        case, start = self.case, time.perf_counter()
         self._decode_seconds, stages = 0.0, {}
         embeds = {
             name: self._tensor(name) for name in ("image_embeds", "negative_image_embeds") if name in self._inputs
@@ -220,8 +246,8 @@ class DiffusersSubject:
 
 def load_options(source: Source) -> dict[str, Any]:
     """Options of `from_pretrained` beside the folder."""
-    options: dict[str, Any] = {"local_files_only": True}
-    return options | {name: value for name, value in vars(source).items() if name != "folder" and value is not None}
+    told = {"revision": source.revision, "variant": source.variant}
+    return {"local_files_only": True, **{name: value for name, value in told.items() if value is not None}}
 
 
 def step_arguments(family: FamilyName, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,13 +261,13 @@ def step_arguments(family: FamilyName, given: Mapping[str, Any]) -> dict[str, An
 class Injected:
     """Lets diffusers draw from `noise` wherever it would draw from torch, so that all contenders see the same noise."""
 
-    def __init__(self, torch: Any, noise: SeededNoise) -> None:
-        self._torch, self._noise = torch, noise
+    def __init__(self, torch: Any, noise: SeededNoise, device: str) -> None:
+        self._torch, self._noise, self._device = torch, noise, device
         self._own: list[tuple[Any, Any]] = []
 
     def __enter__(self) -> None:
         def randn_tensor(shape: Any, *_: Any, dtype: Any = None, **__: Any) -> Any:
-            return self._torch.from_numpy(self._noise(tuple(shape))).to(dtype)
+            return self._torch.from_numpy(self._noise(tuple(shape))).to(self._device, dtype)
 
         for name, module in list(sys.modules.items()):
             if name.startswith(("diffusers.pipelines.", "diffusers.schedulers.")) and "randn_tensor" in vars(module):

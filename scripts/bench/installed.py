@@ -12,7 +12,10 @@ from pathlib import Path
 # What has to be installed to make pictures, by what runs them.
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": ("kandrt[cpu]",),
+    "onnxruntime on cuda": ("kandrt[cuda]",),
     "openvino": ("kandrt[openvino]",),
+    "tensorrt": ("kandrt[tensorrt]",),
+    "tensorrt-rtx": ("kandrt[tensorrt-rtx]",),
     "diffusers": ("diffusers", "torch", "transformers"),
     "onnx": ("onnxruntime",),
 }
@@ -40,7 +43,9 @@ def installed_size(requirements: Iterable[str]) -> int | None:
 
 def contender_size(worker: str, settings: Mapping[str, str]) -> int | None:
     """What a contender of a kind of worker needs installed, in bytes in this interpreter; None where it is not here."""
-    return installed_size(NEEDS[settings.get("backend", worker)])
+    name = settings.get("backend", worker)
+    on_device = f"{name} on {settings.get('device')}"
+    return installed_size(NEEDS[on_device if on_device in NEEDS else name])
 
 
 def closure(wanted: Mapping[str, frozenset[str]]) -> Iterator[Distribution]:

@@ -17,9 +17,9 @@ from ...runtime.components import Components
 from ...runtime.embeds import Embeds
 from ...runtime.images import to_array
 from ...runtime.pipeline import Kandinsky
-from ...runtime.texts import TextCache
 from ...runtime.transfer import to_host
 from .cases import Inputs, SeededNoise, components_of
+from .device_clock import CupyEvents, DeviceClock
 from .worker import Job, Subject
 
 
@@ -32,8 +32,11 @@ class KandrtSubject:
     """A case under one of kandrt's backends, by the setting "backend", in the precision of the setting of that name."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._case = job, job.case
+        self._job, self.case = job, job.case
         self.stages: dict[str, float] = {}
+        self.clock = device_clock() if job.settings.get("device") == "cuda" else None
+        own_stream = job.settings.get("backend", "onnxruntime") == "onnxruntime"
+        self.times_device = not own_stream and job.case.stage in ("step", "movq")
         self._result: dict[str, NDArray[Any]] = {}
         self._inputs: Inputs = {}
         self._step: tuple[Session, dict[str, Array]] | None = None
@@ -46,22 +49,22 @@ class KandrtSubject:
         self._components = Components(open_bundle(Path(self._job.bundle)), threads=self._job.threads, **settings)
         self._k = Kandinsky(self._components)
         if settings.get("memory") != "stage":
-            for name in components_of(self._case, self._k.manifest):
+            for name in components_of(self.case, self._k.manifest):
                 self._components[name]
-        if self._case.stage == "step":
+        if self.case.stage == "step":
             self._prepare_step()
 
     def prepare(self) -> None:
         """Forget the empty prompt's part where the case wants each run to be a first one."""
-        if not self._case.keeps:
-            self._k.prior._cache = TextCache()
+        if not self.case.keeps:
+            self._k.prior.forget()
 
     def run(self) -> None:
         """What is timed."""
-        if self._case.opens:
+        if self.case.opens:
             return
         self._marks, start = [], time.perf_counter()
-        RUNS[self._case.stage](self)
+        RUNS[self.case.stage](self)
         if self._marks:
             self.stages = parts(start, self._marks, time.perf_counter())
 
@@ -70,7 +73,7 @@ class KandrtSubject:
         return self._result
 
     def _prepare_step(self) -> None:
-        record = self._k.manifest.decoders[self._case.role]
+        record = self._k.manifest.decoders[self.case.role]
         given = {name.removeprefix("context."): a for name, a in self._inputs.items() if name.startswith("context.")}
         context = self._components.run(record.context, **given)
         context["embedding"] = context["embedding"][0, ...]
@@ -85,12 +88,12 @@ class KandrtSubject:
             self._result = {"prediction": to_host(session(**inputs)["prediction"])}
 
     def _run_movq(self) -> None:
-        name = self._k.manifest.decoders[self._case.role].movq_decoder
+        name = self._k.manifest.decoders[self.case.role].movq_decoder
         rows = [self._components.run(name, latents=row[None])["pixels"] for row in self._inputs["latents"]]
         self._result = {"picture": np.concatenate([to_array(to_host(row)) for row in rows])}
 
     def _run_prior(self) -> None:
-        case = self._case
+        case = self.case
         embeds = self._k.prior(
             list(case.prompts), steps=case.prior_steps, guidance_scale=case.prior_guidance_scale,
             noise=SeededNoise(case.seed),
@@ -98,7 +101,7 @@ class KandrtSubject:
         self._result = {"image_embeds": embeds.image_embeds}
 
     def _run_text_to_image(self) -> None:
-        case = self._case
+        case = self.case
         prior: dict[str, Any] = {"prior_steps": case.prior_steps, "prior_guidance_scale": case.prior_guidance_scale}
         has_prior = (
             self._k.manifest.prior is not None and self._k.manifest.decoders["decoder"].embedding_dim is not None
@@ -107,7 +110,7 @@ class KandrtSubject:
 
     def _run_decoder(self) -> None:
         """Image-to-image and ControlNet."""
-        record, case = self._k.manifest.decoders[self._case.role], self._case
+        record, case = self._k.manifest.decoders[self.case.role], self.case
         told: dict[str, Any] = {} if record.prompt is None else {"prompt": list(case.prompts)}
         if "image_embeds" in self._inputs:
             told["embeds"] = Embeds(self._inputs["image_embeds"], self._inputs["negative_image_embeds"])
@@ -118,7 +121,7 @@ class KandrtSubject:
         self._keep(self._k.decoder(**told, **self._shared()).array)
 
     def _shared(self) -> dict[str, Any]:
-        case = self._case
+        case = self.case
         return {
             "height": case.height, "width": case.width, "steps": case.steps, "guidance_scale": case.guidance_scale,
             "noise": SeededNoise(case.seed), "callback": self._mark,
@@ -140,6 +143,13 @@ RUNS: Mapping[str, Callable[[KandrtSubject], None]] = {
     "image-to-image": KandrtSubject._run_decoder,
     "controlnet": KandrtSubject._run_decoder,
 }
+
+
+def device_clock() -> DeviceClock:
+    """Of the GPU."""
+    from ...engines.cuda import library
+
+    return DeviceClock(CupyEvents(library()))
 
 
 def parts(start: float, marks: list[tuple[str, float]], end: float) -> dict[str, float]:

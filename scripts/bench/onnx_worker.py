@@ -14,8 +14,9 @@ from ...engines.errors import InputError
 from ...engines.files import atomic_write
 from ...engines.providers import import_quietly
 from .cases import Inputs
-from .contenders import Part
+from .device_clock import DeviceClock
 from .diffusers_worker import FAMILIES, load_options, step_arguments
+from .sources import Part
 from .worker import Job, Subject
 
 DONE = "done"
@@ -30,15 +31,17 @@ class OnnxSubject:
     """A step or MoVQ's decoder, exported for the case's sizes the first time, which opening includes."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._case = job, job.case
+        self._job, self.case = job, job.case
         self.stages: dict[str, float] = {}
+        self.clock: DeviceClock | None = None
+        self.times_device = False
         self._outputs: list[Any] = []
         self._session: Any = None
         self._arrays: dict[str, NDArray[Any]] = {}
 
     def open(self, inputs: Inputs) -> None:
         """Export the network, if that was not done before, and open it."""
-        step = self._case.stage == "step"
+        step = self.case.stage == "step"
         self._arrays = step_arrays(inputs) if step else {"latents": inputs["latents"]}
         path = self._exported()
         ort = import_quietly()
@@ -59,18 +62,18 @@ class OnnxSubject:
     def result(self) -> Mapping[str, NDArray[Any]]:
         """What the last run gave."""
         (output,) = self._outputs
-        if self._case.stage == "step":
+        if self.case.stage == "step":
             return {"prediction": output}
         return {"picture": (output.transpose(0, 2, 3, 1) * np.float32(0.5) + np.float32(0.5)).clip(0, 1)}
 
     def _exported(self) -> Path:
         """The graph, in a folder of its own below the scratch folder: of one network and one size."""
-        part: Part = self._case.role
+        part: Part = self.case.role
         source = self._job.sources.get(part)
         if source is None:
             raise InputError(f"no checkpoint of the {part}; give --checkpoint FOLDER")
         shapes = sorted((name, array.shape) for name, array in self._arrays.items())
-        told = repr((source, self._job.family, self._case.stage, shapes))
+        told = repr((source, self._job.family, self.case.stage, shapes))
         folder = Path(self._job.scratch) / f"onnx-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
         graph = folder / "graph.onnx"
         if not (folder / DONE).exists():
@@ -85,7 +88,7 @@ class OnnxSubject:
         import torch
 
         torch.set_num_threads(self._job.threads)
-        step, family = self._case.stage == "step", self._job.family
+        step, family = self.case.stage == "step", self._job.family
         name, subfolder = (FAMILIES[family].unet, "unet") if step else ("VQModel", "movq")
         network: Any = getattr(diffusers, name).from_pretrained(
             folder, subfolder=subfolder, torch_dtype=torch.float32, **options

@@ -15,8 +15,8 @@ from typing import Any
 
 from ...engines.errors import MissingExtraError
 from ..console import size_text
-from .quantities import digits, flops_text, headline_case, kind_of, seconds_text, verdict
-from .results import BASELINE, Measurement, Report
+from .quantities import digits, flops_text, headline_case, is_own, kind_of, memory_kinds, seconds_text, verdict
+from .results import Measurement, Report, Tradeoff
 
 WIDTH, ROW, HEAD = 4.0, 0.4, 0.6  # inches: of a figure, of a row, of what stands above and below
 TEXT_SIZE = 9
@@ -41,7 +41,8 @@ class Plot:
 def plots(report: Report) -> list[Plot]:
     """All plots that the report has numbers for; MissingExtraError without matplotlib."""
     with style():
-        return [plot for draw in (ratios, stages, scaling, memory, loading, operators) for plot in draw(report)]
+        figures = (ratios, stages, tradeoffs, scaling, memory, residence, loading, operators)
+        return [plot for draw in figures for plot in draw(report)]
 
 
 @contextmanager
@@ -114,7 +115,7 @@ def name_row(axes: Any, y: float, name: str, value: str = "", strong: bool = Fal
 
 def colour_of(contender: str) -> str:
     """kandrt in its own colour, all others in one: their names tell them apart."""
-    return COLOURS["own" if contender.startswith(BASELINE) else "other"]
+    return COLOURS["own" if is_own(contender) else "other"]
 
 
 # Figures
@@ -134,7 +135,7 @@ def ratios(report: Report) -> Iterator[Plot]:
         axes.text(0, y, name, transform=axes.get_yaxis_transform(), weight="bold", va="center", bbox=BACKGROUND)
         y += 0.8
         for m in measured:
-            draw_ratio(axes, y, m)
+            draw_ratio(axes, y, report, m)
             y += 1
     axes.set_ylim(y - 0.5, -0.5)
     axes.set_xscale("log")
@@ -142,19 +143,19 @@ def ratios(report: Report) -> Iterator[Plot]:
     axes.set_xlim(min(low, 0.9), max(high, 1.15))
     number_log_axis(axes.xaxis, *axes.get_xlim())
     axes.axvline(1, color=COLOURS["own"], linewidth=1.2)
-    axes.set_xlabel("times as long as kandrt (right of 1: kandrt is faster)")
+    axes.set_xlabel(f"times as long as {report.baseline} (right of 1: {report.baseline} is faster)")
     caption = "Dots are pairs of neighbouring runs, bars their quartiles, ticks their medians; logarithmic."
-    yield finished(made, "ratios", "Time against kandrt", caption)
+    yield finished(made, "ratios", f"Time against {report.baseline}", caption)
 
 
-def draw_ratio(axes: Any, y: float, m: Measurement) -> None:
+def draw_ratio(axes: Any, y: float, report: Report, m: Measurement) -> None:
     """A row: dots, quartiles, median."""
-    found = verdict(m)
+    found = verdict(report, m)
     if found is None:
         return
     fair = found.kind != "not comparable"
     colour, times = colour_of(m.contender) if fair else COLOURS["bad"], found.times
-    pairs = [own / base for own, base in zip(m.samples, m.beside, strict=True)]
+    pairs = m.ratios
     axes.plot(pairs, [y + 0.1] * len(pairs), "o", color=COLOURS["ink"], markersize=3, alpha=0.35, markeredgewidth=0)
     axes.plot([times.low, times.high], [y + 0.1] * 2, color=colour, linewidth=5, solid_capstyle="butt", alpha=0.55)
     axes.plot(times.median, y + 0.1, "|", color=colour, markersize=11, markeredgewidth=2.2)
@@ -183,6 +184,76 @@ def memory(report: Report) -> Iterator[Plot]:
     yield finished(made, "memory", f"Peak memory: {case.name}", caption)
 
 
+def residence(report: Report) -> Iterator[Plot]:
+    """What is in memory after the last run, by kind, in the case that speaks for all."""
+    case = headline_case(report)
+    rows = [
+        (m.contender, {kind: size / 1e9 for kind, size in memory_kinds(m.memory).items()})
+        for m in measured_in(report, case)
+        if m.memory is not None
+    ]
+    if case is None or not rows:
+        return
+    made = stacked(rows, lambda value: size_text(round(1e9 * value)), "GB")
+    caption = (
+        "After the last run. Mapped files, such as weights, are shared by processes, and the system may drop them."
+    )
+    yield finished(made, "residence", f"In memory: {case.name}", caption)
+
+
+def tradeoffs(report: Report) -> Iterator[Plot]:
+    """Quality against the time of a picture, an axis a technique."""
+    if not report.tradeoffs:
+        return
+    series: dict[str, list[Tradeoff]] = {}
+    for each in report.tradeoffs:
+        series.setdefault(each.technique, []).append(each)
+    made, panels = panels_of(len(series))
+    for axes, (name, points) in zip(panels, series.items(), strict=True):
+        draw_tradeoff(axes, name, points, report.tradeoffs)
+    panels[0].set_xscale("log")
+    number_log_axis(panels[0].xaxis, *panels[0].get_xlim())
+    panels[-1].set_xlabel("seconds a picture")
+    caption = (
+        "Percent of what the prompts ask for that the judge finds in the pictures, with its 95 % interval; the same "
+        "prompts and seeds for all. The line is the default's, grey points are the other techniques'; time is "
+        "logarithmic, and up and left is better."
+    )
+    yield finished(made, "tradeoffs", "Quality against time", caption)
+
+
+def panels_of(count: int) -> tuple[Any, list[Any]]:
+    """Axes one below the other, of the same scales."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(WIDTH, HEAD + 1.45 * count))
+    return made, [axes for (axes,) in made.subplots(count, 1, sharex=True, sharey=True, squeeze=False)]
+
+
+def draw_tradeoff(axes: Any, name: str, points: Sequence[Tradeoff], all_points: Sequence[Tradeoff]) -> None:
+    """A technique's settings, fastest first, among those of the others."""
+    muted, own = COLOURS["line"], COLOURS["own"]
+    axes.axhline(100 * all_points[0].accuracy, color=muted, linewidth=1, linestyle="--")
+    axes.plot(
+        [each.seconds for each in all_points], [100 * each.accuracy for each in all_points], "o", color=muted,
+        markersize=3,
+    )  # fmt: skip
+    points = sorted(points, key=lambda each: each.seconds)
+    axes.plot([each.seconds for each in points], [100 * each.accuracy for each in points], color=own, linewidth=1)
+    for i, each in enumerate(points):
+        below, above = each.accuracy - each.low, each.high - each.accuracy
+        axes.errorbar(
+            each.seconds, 100 * each.accuracy, [[100 * below], [100 * above]], label=each.setting, markersize=4.5,
+            color=COLOURS[SERIES[i % len(SERIES)]], marker=MARKERS[i % len(MARKERS)], linestyle="", elinewidth=0.6,
+        )  # fmt: skip
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handlelength=0.8, borderpad=0, borderaxespad=0.4,
+        labelcolor=COLOURS["ink"], fontsize=TEXT_SIZE - 2,
+    )  # fmt: skip
+    axes.set_title(name, loc="left", fontsize=TEXT_SIZE, color=COLOURS["ink"])
+    axes.yaxis.grid(visible=True)
+
+
 def loading(report: Report) -> Iterator[Plot]:
     """Time to the first result, in the case that speaks for all."""
     case = headline_case(report)
@@ -194,7 +265,8 @@ def loading(report: Report) -> Iterator[Plot]:
     if case is None or not rows:
         return
     made = stacked(rows, seconds_text, "seconds")
-    yield finished(made, "loading", f"To the first result: {case.name}", "Opening, and the first run after it.")
+    caption = "Opening, and the first run after it" + (f": a short one, {case.warm_up}." if case.warm_up else ".")
+    yield finished(made, "loading", f"To the first result: {case.name}", caption)
 
 
 def operators(report: Report) -> Iterator[Plot]:
@@ -233,7 +305,7 @@ def stacked(
             fill = colour_of(name) if colour is None else COLOURS[colour]
             axes.barh(y + 0.12, width, 0.34, left=left, color=fill, label=part if y == 0 else None)
             left += width
-        name_row(axes, y, name, text(total), strong=name == BASELINE)
+        name_row(axes, y, name, text(total), strong=is_own(name))
     axes.set_ylim(len(rows) - 0.5, -0.6)
     axes.set_xlim(0, None)
     axes.set_xlabel(unit)
@@ -282,13 +354,14 @@ def lines_over(report: Report, places: Mapping[str, float], label: str) -> Any:
         found = sorted(
             (place, m.seconds) for case, place in places.items() if (m := report.find(case, name)) is not None
         )
+        base = name == report.baseline
         if not found:
             continue
         x, y = [place for place, _ in found], [seconds.median for _, seconds in found]
         whiskers = [[s.median - s.low for _, s in found], [s.high - s.median for _, s in found]]
         axes.errorbar(
-            x, y, whiskers, label=name, color=COLOURS["own" if name == BASELINE else SERIES[i % len(SERIES)]],
-            marker=MARKERS[i % len(MARKERS)], markersize=4.5, linewidth=2.2 if name == BASELINE else 1.3, capsize=2,
+            x, y, whiskers, label=name, color=COLOURS["own" if base else SERIES[i % len(SERIES)]],
+            marker=MARKERS[i % len(MARKERS)], markersize=4.5, linewidth=2.2 if base else 1.3, capsize=2,
         )  # fmt: skip
         drawn += 1
     axes.set_xscale("log")

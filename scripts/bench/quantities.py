@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .results import BASELINE, CaseRecord, Equivalence, Measurement, Report, Spread
+from .results import BASELINE, OWN, CaseRecord, Equivalence, Measurement, Report, Residence, Spread
 
 # The case that speaks for all, of those that were measured, by the name of its kind.
 HEADLINES = (
@@ -33,15 +33,17 @@ class Verdict:
     text: str
 
 
-def verdict(measurement: Measurement) -> Verdict | None:
+def verdict(report: Report, measurement: Measurement) -> Verdict | None:
     """Whether the baseline is faster; None of the baseline itself.
 
-    Within noise where the ratio's quartiles hold 1; not comparable where the results differ by more than they may.
+    Within noise where the ratio's quartiles hold 1; not comparable where the results differ by more than they may: the
+    contender's or the baseline's own from the one that both are compared with.
     """
     times = measurement.ratio
     if times is None:
         return None
-    if measurement.equivalence is not None and not measurement.equivalence.passed:
+    both = measurement, report.find(measurement.case, report.baseline)
+    if any(m is not None and m.equivalence is not None and not m.equivalence.passed for m in both):
         return Verdict("not comparable", times, "not comparable")
     if times.low <= 1 <= times.high:
         return Verdict("within noise", times, "within noise")
@@ -63,11 +65,26 @@ def headline_case(report: Report) -> CaseRecord | None:
     return min(found, key=lambda case: order.get(kind_of(case.name), len(order)), default=None)
 
 
+def is_own(contender: str) -> bool:
+    """Whether a contender is this runtime, in one form or another."""
+    return contender.startswith(OWN)
+
+
 def rivals(report: Report, case: str) -> list[Measurement]:
-    """Contenders in a case that are not kandrt in another form and whose results are near enough, fastest first."""
-    found = [m for m in report.measurements if m.case == case and not m.contender.startswith(BASELINE)]
-    fair = [(v.times.median, m) for m in found if (v := verdict(m)) is not None and v.kind != "not comparable"]
+    """Contenders in a case that the baseline competes with and whose results are near enough, fastest first.
+
+    Those are not kandrt, or where the baseline is not, all forms of it.
+    """
+    own = is_own(report.baseline)
+    found = [m for m in report.measurements if m.case == case and is_own(m.contender) != own]
+    fair = [(v.times.median, m) for m in found if (v := verdict(report, m)) is not None and v.kind != "not comparable"]
     return [m for _, m in sorted(fair, key=lambda pair: pair[0])]
+
+
+def dirty(report: Report) -> tuple[int, int]:
+    """How many runs were made while something else took cores, and of how many that is known."""
+    flags = [each for m in report.measurements for each in m.clean]
+    return flags.count(False), len(flags)
 
 
 @dataclass(frozen=True)
@@ -78,40 +95,53 @@ class Outcome:
     detail: str
 
 
+def title_of(report: Report, contender: str) -> str:
+    """A contender as a sentence names it."""
+    if contender == BASELINE:
+        return f"kandrt in {report.precision}"
+    return {each.name: each.title for each in report.contenders}.get(contender, contender)
+
+
 def outcome(report: Report) -> Outcome:
-    """Of the case that speaks for all, against the fastest of the others that give the same result."""
+    """Of the case that speaks for all: the baseline and the fastest of those it competes with, of the same result."""
     case = headline_case(report)
     if case is None:
         return Outcome("Nothing was measured.", "")
-    name, where = f"kandrt in {report.precision}", f"{case.name}, {sizes_text(case)}"
+    name, where = title_of(report, report.baseline), f"{case.name}, {sizes_text(case)}"
     fair = rivals(report, case.name)
-    if fair and (found := verdict(fair[0])) is not None:
+    if fair and (found := verdict(report, fair[0])) is not None:
         best, times = fair[0], found.times.median
-        words = {
-            "faster": f"{name} is {digits(times)} times as fast as",
-            "slower": f"{name} takes {digits(1 / times)} times as long as",
-        }.get(found.kind, f"{name} is as fast, within noise, as")
-        title = {each.name: each.title for each in report.contenders}.get(best.contender, best.contender)
-        among = f"; the fastest of {len(fair)} others" if len(fair) > 1 else ""
+        first, second = name, title_of(report, best.contender)
+        if not is_own(report.baseline):  # the sentence is about kandrt all the same
+            first, second, times = second, first, 1 / times
+        words = f"takes {digits(1 / times)} times as long as" if times < 1 else f"is {digits(times)} times as fast as"
+        words = "is as fast, within noise, as" if found.kind == "within noise" else words
+        among = f"; the fastest of {len(fair)}{' others' * is_own(report.baseline)}" if len(fair) > 1 else ""
         same = "" if best.equivalence is None else f"; results {equal_text(best.equivalence)}"
-        return Outcome(f"{words} {title}.", f"{where}{among}{same}")
-    own = report.find(case.name, BASELINE)
-    if own is None:
-        return Outcome("kandrt itself was not measured.", where)
-    others = any(m.case == case.name and not m.contender.startswith(BASELINE) for m in report.measurements)
-    also = "; the results of the others differ from kandrt's by more than they may" if others else ""
-    return Outcome(f"{name} takes {seconds_text(own.seconds.median)}.", where + also)
+        return Outcome(f"{first} {words} {second}.", f"{where}{among}{same}")
+    base = report.find(case.name, report.baseline)
+    if base is None:
+        return Outcome(f"{name} itself was not measured.", where)
+    own = is_own(report.baseline)
+    others = any(m.case == case.name and is_own(m.contender) != own for m in report.measurements)
+    also = "; the results of the others differ by more than they may" if others else ""
+    return Outcome(f"{name} takes {seconds_text(base.seconds.median)}.", where + also)
 
 
 def fraction_of_peak(report: Report, measurement: Measurement) -> float | None:
-    """FLOP/s of the baseline's runs, as a share of the best that was measured on this machine; None of others.
+    """FLOP/s of kandrt's runs, as a share of the best that was measured here in the same arithmetic.
 
-    Others do other work for the same result, and how much is not known.
+    None where that was not measured, and of others, which do other work for the same result, how much is not known; of
+    a start, which is not arithmetic; and of a GPU, whose peak is not measured.
     """
     case = next((each for each in report.cases if each.name == measurement.case), None)
-    if case is None or not case.flops or not report.machine.peaks or measurement.contender != BASELINE:
+    contender = next((each for each in report.contenders if each.name == measurement.contender), None)
+    if case is None or contender is None or not case.flops or not is_own(contender.name) or measurement.device:
         return None
-    return case.flops / measurement.seconds.median / max(report.machine.peaks.values())
+    if kind_of(case.name) == "cold-start":
+        return None
+    peaks = [rate for name, rate in report.machine.peaks.items() if name.endswith(f" {contender.arithmetic}")]
+    return case.flops / measurement.seconds.median / max(peaks) if peaks else None
 
 
 # Texts
@@ -164,3 +194,8 @@ def sizes_text(case: CaseRecord) -> str:
     if steps:
         parts.append(f"{' + '.join(steps)} {'step' if steps == ['1'] else 'steps'}")
     return ", ".join(parts)
+
+
+def memory_kinds(residence: Residence) -> dict[str, int]:
+    """What a process has in memory by kind, as it is named to people."""
+    return {"its own": residence.anonymous, "mapped files": residence.file}

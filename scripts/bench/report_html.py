@@ -14,17 +14,19 @@ from .plots import Plot, plots
 from .quantities import (
     FEW_ROUNDS,
     digits,
+    dirty,
     equal_text,
     flops_text,
     fraction_of_peak,
+    is_own,
     outcome,
     seconds_text,
     sizes_text,
     spread_text,
     verdict,
 )
-from .report import machine_text
-from .results import BASELINE, CaseRecord, Measurement, Report
+from .report import MEMORY_KINDS, machine_text
+from .results import CaseRecord, Measurement, Report
 
 STRIP_WIDTH, STRIP_HEIGHT = 150, 18
 CLASSES = {"faster": "faster", "slower": "slower", "within noise": "", "not comparable": "apart"}
@@ -40,8 +42,8 @@ def save_html(report: Report, path: Path) -> None:
 def page(report: Report) -> str:
     """The page: the outcome first, then what it rests on."""
     title = escape(f"kandrt bench: {report.family} {report.precision}")
-    parts = [header(report), overview(report), figures(report), *cases(report), sizes(report), machine(report)]
-    parts += [not_measured(report), repeat(report), raw(report)]
+    parts = [header(report), overview(report), figures(report), *cases(report), tradeoffs(report), memory(report)]
+    parts += [sizes(report), machine(report), not_measured(report), repeat(report), raw(report)]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -76,7 +78,7 @@ def number(text: str, detail: str = "") -> str:
 def row_head(report: Report, contender: str) -> str:
     """The start of a contender's row, with its title."""
     title = next((each.title for each in report.contenders if each.name == contender), "")
-    own = ' class="own"' if contender == BASELINE else ""
+    own = ' class="own"' if contender == report.baseline else ""
     return f'<tr{own}><th scope="row">{escape(contender)}<small>{escape(title)}</small></th>'
 
 
@@ -95,43 +97,51 @@ def header(report: Report) -> str:
     rounds = {len(m.samples) for m in report.measurements}
     if rounds and min(rounds) < FEW_ROUNDS:
         told.append(f"Some figures are of fewer than {FEW_ROUNDS} rounds: their quartiles say little.")
+    taken, known = dirty(report)
+    if taken:
+        told.append(
+            f"In {taken} of {known} runs a small product beside them found that not all cores were this program's; "
+            "medians are of the others, where these are at least half."
+        )
     lines = "".join(paragraph(line, "muted") for line in told)
     return f'<header><p class="kicker">kandrt bench</p><h1>{escape(found.claim)}</h1>{detail}{lines}</header>'
 
 
 def overview(report: Report) -> str:
-    """How many times as long as kandrt each contender takes in each case."""
+    """How many times as long as the baseline each contender takes in each case."""
+    base = report.baseline
     names = [c.name for c in report.contenders if any(m.contender == c.name and m.beside for m in report.measurements)]
     if not names:
         return ""
     rows = []
     for case in report.cases:
-        cells = "".join(ratio_cell(report.find(case.name, name)) for name in names)
+        cells = "".join(ratio_cell(report, report.find(case.name, name)) for name in names)
         rows.append(f'<tr><th scope="row">{escape(case.name)}</th>{cells}</tr>')
     return (
-        "<section><h2>Against kandrt</h2>"
+        f"<section><h2>Against {escape(base)}</h2>"
         + paragraph(
-            "How many times as long as kandrt a run takes: the median of pairs of runs that are neighbours in time, "
-            "with its quartiles. Above 1, kandrt is faster; where the quartiles hold 1, neither is said to be. Figures "
-            "stand only where the results agree; how well, and what is timed, is told with each case."
+            f"How many times as long as {base} a run takes: the median of pairs of runs that are neighbours in time, "
+            f"with its quartiles. Above 1, {base} is faster; where the quartiles hold 1, neither is said to be. "
+            "Figures stand only where the results agree; how well, and what is timed, is told with each case."
         )
         + tabled(["case", *(f">{name}" for name in names)], rows)
         + "</section>"
     )
 
 
-def ratio_cell(measurement: Measurement | None) -> str:
+def ratio_cell(report: Report, measurement: Measurement | None) -> str:
     """A ratio with its quartiles, coloured by what it means."""
-    found = None if measurement is None else verdict(measurement)
-    if found is None:
+    found = None if measurement is None else verdict(report, measurement)
+    if found is None or measurement is None:
         return '<td class="n muted">–</td>'
     if found.kind == "not comparable":
         return '<td class="n apart">not comparable</td>'
     times = found.times
-    rival = measurement is not None and not measurement.contender.startswith(BASELINE)
+    rival = is_own(measurement.contender) != is_own(report.baseline)
+    spread = f"{digits(times.low)} to {digits(times.high)}" if len(measurement.ratios) > 1 else "one pair"
     return (
         f'<td class="n"><span class="{CLASSES[found.kind] if rival else ""}"><b>{digits(times.median)}</b></span><br>'
-        f"<small>{digits(times.low)} to {digits(times.high)}</small></td>"
+        f"<small>{spread}</small></td>"
     )
 
 
@@ -176,9 +186,15 @@ def case_section(report: Report, case: CaseRecord, measured: Sequence[Measuremen
         share = fraction_of_peak(report, m)
         if share is not None and case.flops is not None:
             rate = flops_text(case.flops / m.seconds.median, "FLOP/s")
-            work.append(f"kandrt reaches {rate}, {100 * share:.0f} % of the best measured on this machine")
+            work.append(f"{m.contender} reaches {rate}, {100 * share:.0f} % of the best measured here in its precision")
     most = max(max(m.samples) for m in measured)
-    head = ["contender", ">time of a run", f"runs, 0 to {seconds_text(most)}", ">times as long as kandrt", "result"]
+    head = [
+        "contender",
+        ">time of a run",
+        f"runs, 0 to {seconds_text(most)}",
+        f">times as long as {report.baseline}",
+        "result",
+    ]
     head += [">peak memory", ">to open", ">first run"]
     return (
         f"<h3>{escape(case.name)}</h3>{paragraph(sizes_text(case), 'muted')}{paragraph(case.boundary)}"
@@ -190,13 +206,15 @@ def case_section(report: Report, case: CaseRecord, measured: Sequence[Measuremen
 def case_row(report: Report, m: Measurement, most: float) -> str:
     """A contender in a case."""
     seconds = m.seconds
-    times = '<td class="n muted">1</td>' if verdict(m) is None else ratio_cell(m)
-    equal = "" if verdict(m) is None else equal_text(m.equivalence)
+    times = '<td class="n muted">1</td>' if not m.beside else ratio_cell(report, m)
+    equal = "" if not m.beside and m.equivalence is None else equal_text(m.equivalence)
+    if m.equivalence is not None and m.equivalence.to != report.baseline:
+        equal += f", with {m.equivalence.to}"
     if m.equivalence is not None and not m.equivalence.passed:
         bound = f"{m.equivalence.bound:.0f} dB" if m.equivalence.what == "PSNR" else f"{m.equivalence.bound:.0e}"
         equal += f" (bound {bound})"
     cells = [
-        number(seconds_text(seconds.median), f"{seconds_text(seconds.low)} to {seconds_text(seconds.high)}"),
+        number(seconds_text(seconds.median), spread_of(m)),
         f"<td>{strip(m, most)}</td>",
         times,
         f'<td class="w">{escape(equal)}</td>',
@@ -205,6 +223,13 @@ def case_row(report: Report, m: Measurement, most: float) -> str:
         number(optional_seconds(m.first_seconds)),
     ]
     return f"{row_head(report, m.contender)}{''.join(cells)}</tr>"
+
+
+def spread_of(m: Measurement) -> str:
+    """The quartiles of the runs, of one that there are none; of a GPU, the share in which it waited for the host."""
+    seconds = m.seconds
+    text = f"{seconds_text(seconds.low)} to {seconds_text(seconds.high)}" if len(m.counted) > 1 else "one run"
+    return text if m.host_bound is None else f"{text}, {100 * m.host_bound:.0f} % of it host-bound"
 
 
 def optional_seconds(seconds: float | None) -> str:
@@ -216,11 +241,11 @@ def strip(m: Measurement, most: float) -> str:
     """The runs as dots from zero to the slowest of the case, their quartiles as a bar, the median as a tick."""
     seconds, middle = m.seconds, STRIP_HEIGHT / 2
     scale = (STRIP_WIDTH - 6) / most if most > 0 else 0.0
-    colour = "var(--own)" if m.contender.startswith(BASELINE) else "var(--other)"
+    colour = "var(--own)" if is_own(m.contender) else "var(--other)"
     low, median, high = (3 + scale * each for each in (seconds.low, seconds.median, seconds.high))
     dots = "".join(
         f'<circle cx="{3 + scale * each:.1f}" cy="{middle}" r="2" fill="var(--ink)" fill-opacity=".35"/>'
-        for each in m.samples
+        for each in m.counted
     )
     label = escape(f"{m.contender}: {spread_text(seconds, 'seconds')}", quote=True)
     return (
@@ -235,6 +260,45 @@ def strip(m: Measurement, most: float) -> str:
 
 
 # What it rests on
+
+
+def memory(report: Report) -> str:
+    """Memory by kind, of the processes after their last run."""
+    known = [m for m in report.measurements if m.memory is not None or m.device is not None]
+    rows = []
+    for m in known:
+        kept = m.memory
+        found = [m.peak_memory, *((kept.anonymous, kept.file, kept.proportional) if kept else (None,) * 3)]
+        found.append(None if m.device is None else m.device.memory)
+        cells = "".join(number("" if each is None else size_text(each)) for each in found)
+        rows.append(f'<tr><th scope="row">{escape(m.case)}</th><td>{escape(m.contender)}</td>{cells}</tr>')
+    if not rows:
+        return ""
+    head = ["case", "contender", ">at most", ">its own", ">mapped files", ">shared out", ">on the GPU"]
+    table = tabled(head, rows)
+    told = f"<details><summary>All {len(rows)} processes</summary>{table}</details>"
+    return f"<section><h2>Memory</h2>{paragraph(MEMORY_KINDS)}{told}</section>"
+
+
+def tradeoffs(report: Report) -> str:
+    """Ways to do less work for a picture, and what they cost."""
+    if not report.tradeoffs:
+        return ""
+    rows = [
+        f'<tr><th scope="row">{escape(each.technique)}</th><td>{escape(each.setting)}</td>'
+        + number(seconds_text(each.seconds))
+        + number(f"{100 * each.accuracy:.0f} %", f"{100 * each.low:.0f} to {100 * each.high:.0f}")
+        + number("equal" if each.psnr is None else f"{each.psnr:.0f} dB")
+        + number(str(each.pictures))
+        + "</tr>"
+        for each in report.tradeoffs
+    ]
+    note = (
+        "None of these is on by default. Right: the share of what the prompts ask for that a judge finds in the "
+        "pictures, with its 95 % interval; last, how near pictures are to those of the default with the same seeds."
+    )
+    head = ["technique", "setting", ">a picture", ">right", ">against default", ">pictures"]
+    return f"<section><h2>Quality against time</h2>{paragraph(note)}{tabled(head, rows)}</section>"
 
 
 def sizes(report: Report) -> str:
@@ -259,6 +323,7 @@ def machine(report: Report) -> str:
         "kandrt": report.kandrt,
         **found.libraries,
         **{f"peak, {name}": flops_text(peak, "FLOP/s") for name, peak in found.peaks.items()},
+        **({} if found.probe is None else {"beside samples": f"{flops_text(found.probe, 'FLOP/s')}, a small product"}),
     }
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     return f"<section><h2>Machine and versions</h2><dl>{listed}</dl></section>"
@@ -278,7 +343,7 @@ def not_measured(report: Report) -> str:
 
 def repeat(report: Report) -> str:
     """The command that makes such a report."""
-    note = "Runs of a contender and of kandrt take turns, each in a process of its own; warm-up runs do not count."
+    note = "Runs of a contender and of the baseline take turns, each in a process of its own; warm-up does not count."
     return f"<section><h2>To repeat it</h2><pre>{escape(report.command)}</pre>{paragraph(note, 'muted')}</section>"
 
 
@@ -286,13 +351,16 @@ def raw(report: Report) -> str:
     """Every sample."""
     rows = []
     for m in report.measurements:
-        for name, values in (("runs", m.samples), ("kandrt beside", m.beside), ("warm-up", m.warm_up)):
+        for name, values in (("runs", m.samples), (f"{report.baseline} beside", m.beside), ("warm-up", m.warm_up)):
             if values:
-                numbers = ", ".join(f"{value:.6g}" for value in values)
+                flags = {"runs": m.clean, "warm-up": []}.get(name, m.beside_clean) or [True] * len(values)
+                numbers = ", ".join(
+                    f"{value:.6g}{'' if kept else '*'}" for value, kept in zip(values, flags, strict=True)
+                )
                 rows.append(
-                    f'<tr><th scope="row">{escape(m.case)}</th><td>{escape(m.contender)}</td><td>{name}</td>'
+                    f'<tr><th scope="row">{escape(m.case)}</th><td>{escape(m.contender)}</td><td>{escape(name)}</td>'
                     f"<td>{numbers}</td></tr>"
                 )
     table = tabled(["case", "contender", "of", "seconds"], rows)
-    told = f"All {len(rows)} series, in seconds"
+    told = f"All {len(rows)} series, in seconds; *: not all cores were this program's"
     return f"<section><h2>Samples</h2><details><summary>{told}</summary>{table}</details></section>"

@@ -14,7 +14,8 @@ from ...engines.errors import InputError
 from ...engines.files import atomic_write
 
 SCHEMA = 1
-BASELINE = "kandrt"
+BASELINE = "kandrt"  # what the others are set beside unless another is chosen
+OWN = "kandrt"  # how names of this runtime's contenders begin
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,42 @@ class CaseRecord:
     flops: float | None = None  # of one run, from the bundle's graphs; 2 a multiplication and addition
     bytes: float | None = None  # weights and activations that one run reads and writes at least
     by_operator: dict[str, float] = field(default_factory=dict)  # FLOPs
+    warm_up: str = ""  # what a run before those that count consists of, where it is shorter than they are
 
 
 @dataclass(frozen=True)
 class Equivalence:
-    """How near a contender's result is to the baseline's: `what` is "PSNR" (dB) or "relative error", and its bound."""
+    """How near a contender's result is to another's: `what` is "PSNR" (dB) or "relative error", and its bound.
+
+    to: the contender whose result is taken as the right one.
+    """
 
     what: Literal["PSNR", "relative error"]
     found: float | None  # None: equal to the last bit
     bound: float
     passed: bool
+    to: str = BASELINE
+
+
+@dataclass(frozen=True)
+class Residence:
+    """Bytes of a process that are in memory after its last run.
+
+    anonymous: its own, which only it can use. file: pages of files that are mapped, such as weights, which other
+    processes share and the system may drop. proportional: all of it, shared pages divided among those who share them.
+    """
+
+    anonymous: int
+    file: int
+    proportional: int | None = None
+
+
+@dataclass(frozen=True)
+class DeviceUse:
+    """A GPU's part: seconds that a run keeps it busy (CUDA events), and the most bytes of its memory in use."""
+
+    seconds: float | None
+    memory: int | None
 
 
 @dataclass(frozen=True)
@@ -66,6 +93,8 @@ class Measurement:
 
     samples are seconds a run, warm-up apart; beside, of every contender but the baseline, the baseline's of the same
     rounds, so that samples[i] and beside[i] are neighbours in time. stages: medians of parts of a run, in seconds.
+    clean: of each sample, whether the cores were found to be this program's own just before and after it; empty where
+    nobody looked. Medians are of clean samples, and ratios of clean pairs, where these are at least half.
     """
 
     case: str
@@ -74,22 +103,48 @@ class Measurement:
     beside: list[float] = field(default_factory=list)
     warm_up: list[float] = field(default_factory=list)
     open_seconds: float | None = None
-    first_seconds: float | None = None  # the first run, after opening
+    first_seconds: float | None = None  # the first run after opening, which may be a short one: CaseRecord.warm_up
     peak_memory: int | None = None  # bytes resident, of the process
     stages: dict[str, float] = field(default_factory=dict)
     equivalence: Equivalence | None = None
+    clean: list[bool] = field(default_factory=list)
+    beside_clean: list[bool] = field(default_factory=list)
+    memory: Residence | None = None
+    device: DeviceUse | None = None
+
+    @property
+    def counted(self) -> list[float]:
+        """The samples that medians are of."""
+        return mostly(self.samples, self.clean)
 
     @property
     def seconds(self) -> Spread:
         """Of a run."""
-        return Spread.of(self.samples)
+        return Spread.of(self.counted)
+
+    @property
+    def host_bound(self) -> float | None:
+        """Share of a run in which a GPU waits for its host; None where its time is not known."""
+        if self.device is None or self.device.seconds is None:
+            return None
+        return max(0.0, 1 - self.device.seconds / self.seconds.median)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Times as long as the baseline, of the pairs that count; empty for the baseline."""
+        pairs = [own / base for own, base in zip(self.samples, self.beside, strict=bool(self.beside))]
+        return mostly(pairs, [all(both) for both in zip(self.clean, self.beside_clean, strict=False)])
 
     @property
     def ratio(self) -> Spread | None:
         """How many times as long as the baseline a run takes, above 1 where the baseline is faster; of paired runs."""
-        if not self.beside:
-            return None
-        return Spread.of([own / base for own, base in zip(self.samples, self.beside, strict=True)])
+        return Spread.of(self.ratios) if self.beside else None
+
+
+def mostly(values: list[float], clean: list[bool]) -> list[float]:
+    """The clean values, where they are at least half, else all."""
+    kept = [value for value, each in zip(values, clean, strict=False) if each]
+    return kept if 2 * len(kept) >= len(values) and kept else values
 
 
 @dataclass(frozen=True)
@@ -103,7 +158,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it was measured; peaks in FLOP/s, by name such as "gemm fp32", as measured here."""
+    """Where it was measured; peaks in FLOP/s, by name such as "gemm fp32", as measured here.
+
+    probe: FLOP/s of the small product that is run beside every sample, while nothing else takes the cores.
+    """
 
     cpu: str
     cores: int
@@ -112,20 +170,44 @@ class Machine:
     python: str
     libraries: dict[str, str]
     peaks: dict[str, float] = field(default_factory=dict)
+    probe: float | None = None
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A contender as it ran: bytes of the packages that it needs installed."""
+    """A contender as it ran: bytes of the packages that it needs installed.
+
+    arithmetic: what most of its operations are computed in, "fp32", "fp16", "bf16" or "int8".
+    """
 
     name: str
     title: str
     installed_size: int | None = None
+    arithmetic: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """A way to do less work for a picture: what it saves, and what it costs in quality.
+
+    technique names the series, setting the point. accuracy: share of what prompts ask for that a judge finds in the
+    pictures, 0 to 1, low and high its 95 % interval. psnr: in dB, of the pictures against those of the default setting
+    with the same seeds; None where they are equal to the last bit.
+    """
+
+    technique: str
+    setting: str
+    seconds: float
+    accuracy: float
+    low: float
+    high: float
+    pictures: int
+    psnr: float | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """All of one run of `kandrt bench`."""
+    """All of one run of `kandrt bench`; baseline names the contender that the others are set beside."""
 
     schema: int
     kandrt: str
@@ -140,6 +222,8 @@ class Report:
     cases: list[CaseRecord]
     measurements: list[Measurement]
     skipped: list[Skipped] = field(default_factory=list)
+    baseline: str = BASELINE
+    tradeoffs: list[Tradeoff] = field(default_factory=list)
 
     def find(self, case: str, contender: str) -> Measurement | None:
         """What was measured of a contender in a case."""

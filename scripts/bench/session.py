@@ -18,10 +18,12 @@ from typing import IO
 import msgspec
 
 from ...engines.errors import BackendError
+from .results import Residence
 from .worker import Job, Reply, Request
 
 END_SECONDS = 5.0
 TAIL = 600  # characters of what a worker complained of that an error repeats
+NO_KANDRT = "No module named 'kandrt'"  # as Python says it
 
 
 class Worker:
@@ -32,7 +34,7 @@ class Worker:
 
     def __init__(self, name: str, kind: str, python: str, threads: int, timeout: float) -> None:
         """Start it; raises BackendError where the interpreter cannot be started."""
-        self.name, self._timeout = name, timeout
+        self.name, self._python, self._timeout = name, python, timeout
         self._complaints: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self.started = time.perf_counter()
@@ -61,13 +63,26 @@ class Worker:
         """The most bytes that the process has had resident, files mapped into it included; None where nobody counts."""
         return status_bytes(self.pid, "VmHWM")
 
+    @property
+    def residence(self) -> Residence | None:
+        """What the process has in memory now; None where nobody counts."""
+        own = [status_bytes(self.pid, name) for name in ("RssAnon", "RssFile", "RssShmem")]
+        anonymous, file, shared = own
+        if anonymous is None or file is None:
+            return None
+        return Residence(anonymous, file + (shared or 0), status_bytes(self.pid, "Pss", "smaps_rollup"))
+
     def open(self, job: Job) -> Reply:
         """Open a case; raises BackendError with the worker's own words where it cannot."""
         return self._ask(Request("open", job=job))
 
-    def run(self) -> Reply:
-        """A run; raises BackendError."""
-        return self._ask(Request("run"))
+    def run(self, steps: int | None = None, prior_steps: int | None = None) -> Reply:
+        """A run, of other numbers of steps than the case's where they are given; raises BackendError."""
+        return self._ask(Request("run", steps=steps, prior_steps=prior_steps))
+
+    def run_on_device(self) -> Reply:
+        """A run that the GPU times, where there is one; raises BackendError."""
+        return self._ask(Request("device"))
 
     def result(self, path: Path) -> None:
         """Let it write what the last run gave to an .npz file; raises BackendError."""
@@ -115,6 +130,10 @@ class Worker:
             return f"{self.name}: its process stopped answering"
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         tail = self._tail()
+        if NO_KANDRT in tail:
+            return (
+                f"{self.name}: {self._python} has no kandrt, which runs its side: {self._python} -m pip install kandrt"
+            )
         return f"{self.name}: its process ended with {how}{f': {tail}' if tail else ''}"
 
     def _tail(self) -> str:
@@ -171,10 +190,10 @@ def environment(threads: int) -> Mapping[str, str]:
     }
 
 
-def status_bytes(pid: int, name: str) -> int | None:
-    """A number of kB in /proc/PID/status, in bytes; None where there is none."""
+def status_bytes(pid: int, name: str, file: str = "status") -> int | None:
+    """A number of kB in /proc/PID/status or another such file, in bytes; None where there is none."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+        lines = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

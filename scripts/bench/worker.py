@@ -1,8 +1,8 @@
 """The process that runs one contender: `python -m kandrt.scripts.bench.worker KIND`, requests on stdin.
 
-One JSON object a line: first a `Job` to open, then words: "run" a run, "result" and a path to write what it gave,
-"close". Each is answered by a `Reply` on stdout, which libraries cannot write to. It ends when its stdin does: then the
-process that asked is gone.
+One JSON object a line: first a `Job` to open, then words: "run" a run, "device" one that a GPU times, "result" and a
+path to write what it gave, "close". Each is answered by a `Reply` on stdout, which libraries cannot write to. It ends
+when its stdin does: then the process that asked is gone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from ...engines.files import atomic_write
 from ...engines.manifest import FamilyName, Precision
 from .cases import Case, Inputs
-from .contenders import Source
+from .device_clock import DeviceClock
+from .sources import Source
 
 WORKERS: Mapping[str, str] = {"kandrt": "kandrt_worker", "diffusers": "diffusers_worker", "onnx": "onnx_worker"}
 
@@ -53,27 +54,44 @@ class Job:
 
 @dataclass(frozen=True)
 class Request:
-    """A line on stdin: open takes a job, result the path of an .npz file."""
+    """A line on stdin: open takes a job, result the path of an .npz file, a run other numbers of steps than the case's.
+
+    steps are of the decoder.
+    """
 
     do: str
     job: Job | None = None
     to: str = ""
+    steps: int | None = None
+    prior_steps: int | None = None
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A line on stdout: seconds that opening or a run took, and of parts of a run; error where it failed."""
+    """A line on stdout: seconds that opening or a run took, and of parts of a run; error where it failed.
+
+    device_seconds: that a GPU worked, None where that is not known. device_memory: bytes of its memory taken.
+    """
 
     ok: bool
     seconds: float = 0.0
+    device_seconds: float | None = None
+    device_memory: int | None = None
     stages: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
 
 class Subject(Protocol):
-    """What a contender does in a case; `stages` are seconds of the last run's parts."""
+    """What a contender does in a case; `stages` are seconds of the last run's parts.
 
+    `clock` is of the GPU that it runs on, None on a CPU; times_device says whether its work is all on the clock's
+    stream.
+    """
+
+    case: Case
     stages: dict[str, float]
+    clock: DeviceClock | None
+    times_device: bool
 
     def open(self, inputs: Inputs) -> None:
         """Load what the case needs."""
@@ -98,14 +116,16 @@ class Server:
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._subject: Subject | None = None
+        self._case: Case | None = None
 
     def answer(self, request: Request) -> Reply:
         """Do what a request says; errors become replies."""
         try:
             if request.do == "open" and request.job is not None and self._subject is None:
                 return self._open(request.job)
-            if request.do == "run" and self._subject is not None:
-                return self._run(self._subject)
+            if request.do in ("run", "device") and self._subject is not None and self._case is not None:
+                self._subject.case = with_steps(self._case, request)
+                return run_on_device(self._subject) if request.do == "device" else run(self._subject)
             if request.do == "result" and request.to and self._subject is not None:
                 with atomic_write(Path(request.to)) as file:
                     np.savez(file, allow_pickle=False, **dict(self._subject.result()))
@@ -123,15 +143,37 @@ class Server:
         with np.load(job.inputs, allow_pickle=False) as arrays:
             inputs = {name: arrays[name] for name in arrays.files}
         subject.open(inputs)
-        self._subject = subject
+        self._subject, self._case = subject, job.case
         return Reply(ok=True, seconds=time.perf_counter() - start)
 
-    @staticmethod
-    def _run(subject: Subject) -> Reply:
-        subject.prepare()
-        start = time.perf_counter()
-        subject.run()
-        return Reply(ok=True, seconds=time.perf_counter() - start, stages=subject.stages)
+
+def with_steps(case: Case, request: Request) -> Case:
+    """The case with as many steps as are asked for."""
+    steps = case.steps if request.steps is None else request.steps
+    prior_steps = case.prior_steps if request.prior_steps is None else request.prior_steps
+    return replace(case, steps=steps, prior_steps=prior_steps)
+
+
+def run(subject: Subject) -> Reply:
+    """A run, until its result is there."""
+    subject.prepare()
+    start = time.perf_counter()
+    subject.run()
+    if subject.clock is not None:
+        subject.clock.wait()
+    seconds = time.perf_counter() - start
+    memory = None if subject.clock is None else subject.clock.memory()
+    return Reply(ok=True, seconds=seconds, device_memory=memory, stages=subject.stages)
+
+
+def run_on_device(subject: Subject) -> Reply:
+    """A run that the GPU times, where there is one and all of its work is on one stream."""
+    if subject.clock is None or not subject.times_device:
+        return Reply(ok=True)
+    subject.prepare()
+    subject.clock.begin()
+    subject.run()
+    return Reply(ok=True, device_seconds=subject.clock.end(), device_memory=subject.clock.memory())
 
 
 def one_line(error: BaseException) -> str:
