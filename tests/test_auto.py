@@ -107,7 +107,7 @@ ALL = ("tensorrt", "tensorrt-rtx", "onnxruntime", "openvino")
 def test_candidates_are_backends_with_that_device() -> None:
     assert [str(candidate) for candidate in ORDER] == [
         "tensorrt on cuda", "tensorrt-rtx on cuda", "onnxruntime on cuda",
-        "openvino on cpu", "onnxruntime on cpu", "openvino on cpu",
+        "openvino on cpu", "onnxruntime on cpu",
     ]  # fmt: skip
     for candidate in ORDER:
         assert candidate.device in BACKENDS[candidate.backend].devices
@@ -119,15 +119,14 @@ def test_candidates_are_backends_with_that_device() -> None:
 @pytest.mark.parametrize(
     ("installed", "exported", "precision", "expected"),
     [
-        (ALL, "fp32", None, "onnxruntime"),
-        (ALL, "fp16", None, "onnxruntime"),
-        (ALL, "fp32", "fp32", "onnxruntime"),
+        (ALL, "fp32", None, "openvino"),
+        (ALL, "fp16", None, "openvino"),
+        (ALL, "fp32", "fp32", "openvino"),
         (ALL, "fp32", "bf16", "openvino"),
         (ALL, "bf16", None, "openvino"),
         (("openvino",), "fp32", None, "openvino"),
-        (("openvino",), "fp16", None, "openvino"),
-        (("openvino",), "bf16", None, "openvino"),
         (("onnxruntime",), "fp32", None, "onnxruntime"),
+        (("onnxruntime",), "fp16", None, "onnxruntime"),
     ],
 )
 def test_on_a_cpu(
@@ -140,9 +139,9 @@ def test_on_a_cpu(
     choice = choices["decoder_step"]
     assert choice.automatic
     assert choice.passed[0] == NO_DRIVER
-    if installed == ("openvino",) and "bf16" not in (exported, precision):
-        assert "onnxruntime on cpu: backend 'onnxruntime' needs the package" in choice.passed[1]
-        assert "pip install 'kandrt[cpu]'" in choice.passed[1]
+    if installed == ("onnxruntime",):
+        assert "openvino on cpu: backend 'openvino' needs the package" in choice.passed[1]
+        assert "pip install 'kandrt[openvino]'" in choice.passed[1]
     else:
         assert choice.passed == (NO_DRIVER,)
     assert set(machine.asked) == {"gpu", f"{expected} on cpu"}, "no library is imported that is not used"
@@ -165,11 +164,11 @@ def test_nothing_installed(opened: Bundle, fake: Callable[..., Machine]) -> None
 
 
 def test_a_broken_library_is_passed_over_with_its_reason(opened: Bundle, fake: Callable[..., Machine]) -> None:
-    fake(*ALL, broken={("onnxruntime", "cpu"): "cannot be used: libonnxruntime.so: cannot open shared object file"})
+    fake(*ALL, broken={("openvino", "cpu"): "cannot be used: libopenvino.so: cannot open shared object file"})
     choices = automatic(opened)
-    assert where(choices) == {("openvino", "cpu")}
+    assert where(choices) == {("onnxruntime", "cpu")}
     assert choices["decoder_step"].passed[1:] == (
-        "onnxruntime on cpu: cannot be used: libonnxruntime.so: cannot open shared object file",
+        "openvino on cpu: cannot be used: libopenvino.so: cannot open shared object file",
     )
 
 
@@ -196,7 +195,7 @@ def test_on_a_gpu_with_engines_of_everything(
     absent = [name for name in ALL[: ALL.index(expected[0])] if name not in installed]
     assert [reason.partition(":")[0] for reason in choices["decoder_step"].passed] == [
         f"{name} on cuda" for name in absent
-    ] + [f"{name} on cpu" for name in absent if name == "onnxruntime"]
+    ]
     assert all("pip install 'kandrt[" in reason for reason in choices["decoder_step"].passed)
 
 
@@ -317,9 +316,9 @@ def test_names_by_component(opened: Bundle, fake: Callable[..., Machine]) -> Non
     assert list(choices) == names
     assert {name for name in names if choices[name].backend == "openvino"} == {"movq_decoder"}
     assert not any(choice.automatic for choice in choices.values())
-    choices = choose(opened, names, {"*": "openvino", "movq_decoder": "auto"}, {"*": "cpu"})
+    choices = choose(opened, names, {"*": "onnxruntime", "movq_decoder": "auto"}, {"*": "cpu"})
     assert choices["decoder_step"].reason == "asked for"
-    assert (choices["movq_decoder"].backend, choices["movq_decoder"].automatic) == ("onnxruntime", True)
+    assert (choices["movq_decoder"].backend, choices["movq_decoder"].automatic) == ("openvino", True)
 
 
 @pytest.mark.parametrize(
@@ -350,5 +349,5 @@ def test_choices_are_logged(opened: Bundle, fake: Callable[..., Machine], caplog
     with caplog.at_level(logging.INFO, logger="kandrt"):
         choose(opened, ["decoder_step"], "auto")
     assert caplog.messages == [
-        f"decoder_step runs on onnxruntime on cpu: runs every graph on the CPU; passed over: {NO_DRIVER}"
+        f"decoder_step runs on openvino on cpu: runs every graph on the CPU, in less memory; passed over: {NO_DRIVER}"
     ]
