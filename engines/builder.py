@@ -66,8 +66,8 @@ def plan_work(
     gpus: names as `resolve_gpu` takes them, empty for the GPU present. coverage: a profile for each, empty for the
     usual one. components: all where empty.
 
-    Raises InputError for an unknown GPU, component, or a size that the graphs cannot take; BackendError where the
-    builder cannot be used.
+    Raises InputError for an unknown GPU, component, one in 8 bits, or a size that the graphs cannot take; BackendError
+    where the builder cannot be used.
     """
     if builder not in PACKAGES:
         raise InputError(f"--backend: expected {' or '.join(PACKAGES)}, found {builder}")
@@ -78,15 +78,17 @@ def plan_work(
         raise InputError(
             f"{bundle.folder} has no component {', '.join(unknown)}; it has {', '.join(manifest.components)}"
         )
+    chosen = components or list(manifest.components)
+    check_not_quantized(bundle, chosen)
     wanted = list(coverage) or [Coverage(default_size(manifest))]
     check_coverage(manifest, wanted)
     if library_version(builder) == "none":
         raise MissingExtraError(f"backend {builder!r}", PACKAGES[builder].packages[0], builder)
     capabilities = target_gpus(builder, gpus, settings)
-    bundle.check_hashes(manifest.components[name].graph for name in components or manifest.components)
+    bundle.check_hashes(manifest.components[name].graph for name in chosen)
     store, tasks = EngineStore(bundle), []
     records, _ = store.records()
-    for name in components or manifest.components:
+    for name in chosen:
         key = plan_key(
             bundle,
             name,
@@ -102,6 +104,19 @@ def plan_work(
         peak = int(size * PEAK_OF_WEIGHTS) + PEAK_BASE
         tasks.append(Task(key, store.find(key), size, peak, tuple(changed), command_options(coverage, settings)))
     return tasks
+
+
+def check_not_quantized(bundle: Bundle, components: Sequence[str]) -> None:
+    """Raise InputError where one of `components` computes in 8 bits.
+
+    Their activations have zero points, as CPUs take them; TensorRT 11 takes none.
+    """
+    quantized = [name for name in components if bundle.manifest.components[name].quantization is not None]
+    if quantized:
+        raise InputError(
+            f"{bundle.folder}: {' and '.join(quantized)} compute in 8 bits as CPUs do, which TensorRT does not; build "
+            "engines of the bundle that this one was made from, or of other components with --component"
+        )
 
 
 def weight_bytes(manifest: Manifest, component: str) -> int:

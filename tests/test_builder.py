@@ -22,6 +22,7 @@ from kandrt.engines import builder, trt
 from kandrt.engines.builder import Task, build_plan, kind_of, plan_work
 from kandrt.engines.bundle import Bundle, open_bundle
 from kandrt.engines.errors import BackendError, BundleError, InputError, MissingExtraError, OutputError
+from kandrt.engines.manifest import Quantization
 from kandrt.engines.plan_worker import memory_figures
 from kandrt.engines.plans import PlanRecord, PlanSettings
 from kandrt.engines.profiles import Coverage
@@ -437,6 +438,13 @@ def test_unknown_components_builders_and_sizes(toy: Bundle) -> None:
         plan_work(toy, "onnxruntime")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="--size 1:2:3: expected multiples of 64"):
         tasks_of(toy, coverage=[Coverage((1, 2, 3))])
+
+
+def test_no_engine_is_built_of_8_bits(toy: Bundle) -> None:
+    record = Quantization(("weight",), (), 1, 0.02)
+    bundle = change_component(toy, "decoder_step", quantization=record)
+    with pytest.raises(InputError, match="decoder_step compute in 8 bits as CPUs do, which TensorRT does not; build"):
+        plan_work(bundle, RTX, gpus=["sm89"])
 
 
 # The library

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,18 @@ class KandrtSubject:
         self._result: dict[str, NDArray[Any]] = {}
         self._inputs: Inputs = {}
         self._step: tuple[Session, dict[str, Array]] | None = None
+        self._network: TimedSession | None = None
         self._marks: list[tuple[str, float]] = []
 
     def open(self, inputs: Inputs) -> None:
         """Open the components that the case runs, and work out a step's context."""
-        settings: dict[str, Any] = dict(self._job.settings)
-        self._inputs = inputs
-        self._components = Components(open_bundle(Path(self._job.bundle)), threads=self._job.threads, **settings)
+        settings: dict[str, Any] = {"threads": self._job.threads, **self._job.settings}
+        self._inputs, bundle = inputs, open_bundle(Path(self._job.bundle))
+        self._components = Components(bundle, **settings)
+        if self.case.runs_decoder and self.clock is None and settings.get("memory") != "stage":
+            name = bundle.manifest.decoders[self.case.role].step
+            self._network = TimedSession(self._components[name])
+            self._components = Components(bundle, sessions={name: self._network}, **settings)
         self._k = Kandinsky(self._components)
         if settings.get("memory") != "stage":
             for name in components_of(self.case, self._k.manifest):
@@ -64,9 +70,14 @@ class KandrtSubject:
         if self.case.opens:
             return
         self._marks, start = [], time.perf_counter()
+        if self._network is not None:
+            self._network.calls = []
         RUNS[self.case.stage](self)
         if self._marks:
             self.stages = parts(start, self._marks, time.perf_counter())
+        if self._network is not None:
+            self.stages["host"] = between(self._network.calls)
+            self.stages["decoder"] -= self.stages["host"]
 
     def result(self) -> Mapping[str, NDArray[Any]]:
         """What the last run gave."""
@@ -135,6 +146,22 @@ class KandrtSubject:
         self._result = {"picture": picture}
 
 
+class TimedSession:
+    """A session that notes from when to when each of its calls ran, in seconds of `time.perf_counter`."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.inputs, self.outputs, self.close = session.inputs, session.outputs, session.close
+        self.calls: list[tuple[float, float]] = []
+
+    def __call__(self, **arrays: Array) -> dict[str, Array]:
+        """Run it once."""
+        start = time.perf_counter()
+        outputs = self._session(**arrays)
+        self.calls.append((start, time.perf_counter()))
+        return outputs
+
+
 RUNS: Mapping[str, Callable[[KandrtSubject], None]] = {
     "prior": KandrtSubject._run_prior,
     "step": KandrtSubject._run_step,
@@ -150,6 +177,11 @@ def device_clock() -> DeviceClock:
     from ...engines.cuda import library
 
     return DeviceClock(CupyEvents(library()))
+
+
+def between(calls: Sequence[tuple[float, float]]) -> float:
+    """Seconds between the calls of a loop's network: what the loop costs beside it."""
+    return sum(after - end for (_, end), (after, _) in pairwise(calls))
 
 
 def parts(start: float, marks: list[tuple[str, float]], end: float) -> dict[str, float]:

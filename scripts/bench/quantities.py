@@ -144,6 +144,14 @@ def fraction_of_peak(report: Report, measurement: Measurement) -> float | None:
     return case.flops / measurement.seconds.median / max(peaks) if peaks else None
 
 
+def host_per_step(report: Report, measurement: Measurement) -> float | None:
+    """Seconds a step of the loop around the decoder's network, between one call of it and the next."""
+    case = next((each for each in report.cases if each.name == measurement.case), None)
+    if case is None or "host" not in measurement.stages or kind_of(case.name) == "image-to-image":
+        return None  # of an image-to-image, steps are those asked for, not those made
+    return measurement.stages["host"] / (case.steps - 1) if case.steps is not None and case.steps > 1 else None
+
+
 # Texts
 
 

@@ -13,6 +13,7 @@ from .quantities import (
     dirty,
     flops_text,
     fraction_of_peak,
+    host_per_step,
     outcome,
     seconds_text,
     sizes_text,
@@ -63,6 +64,9 @@ def show_case(report: Report, case: CaseRecord, measured: list[Measurement], out
     out.print()
     out.print(Text.assemble((case.name, "bold"), f"  {sizes_text(case)}{work}"))
     out.print(Text(case.boundary, style="dim"))
+    host = None if base is None else host_per_step(report, base)
+    if host is not None:
+        out.print(Text(f"Beside the network a step costs {seconds_text(host)}.", style="dim"))
     out.print(case_table(report, measured))
     out.print()
 
