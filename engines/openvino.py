@@ -208,7 +208,9 @@ class OpenVinoSession(ComponentSession):
         """The compiled graph for the shapes that the model has."""
         if self._per_size and (new or self._compiled is None):
             self._compiled = None  # frees its memory before there is another
-            return self._compile(self._session)
+            compiled = self._compile(self._session)
+            drop_mapped(self._weights)  # with sizes known, compiling has made all copies
+            return compiled
         return self._compile(self._read()) if self._compiled is None else self._compiled
 
     def close(self) -> None:

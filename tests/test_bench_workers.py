@@ -289,6 +289,25 @@ def test_a_signal_from_the_terminal_reaches_the_harness_alone(tmp_path: Path) ->
 # diffusers, which takes seconds to import
 
 
+def test_what_was_measured_before_the_baseline_fell_out_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory is too little for it beside one contender and enough beside another."""
+    started: list[int] = []
+
+    class Worker3(Worker):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            started.append(self.pid)
+            if len(started) == 3:  # the second contender: the baseline was the first process
+                os.kill(started[0], signal.SIGKILL)
+
+    monkeypatch.setattr(harness, "Worker", Worker3)
+    report = measure(plan(MINIATURE, OTHER, "kandrt-openvino-bf16", cases=("movq@64",)), quiet)
+    assert [(m.contender, len(m.samples)) for m in report.measurements] == [(BASELINE, 2), (OTHER, 2)]
+    ((left, why),) = [(each.contender, each.why) for each in report.skipped]
+    assert left == "kandrt-openvino-bf16"
+    assert why.startswith(f"{BASELINE} failed beside it: ")
+
+
 def find(report: Report, case: str, contender: str) -> Equivalence:
     measurement = report.find(case, contender)
     assert measurement is not None, report.skipped

@@ -145,8 +145,12 @@ class Arena:
         base, match = Runs(), Match(self, case, able_ones[1:], until, known)
         try:
             (match.fresh if case.fresh else match.lasting)(base)
-        except ContenderError as failed:  # the baseline: nothing to set the others beside
-            return Outcome([], [*skipped, Skipped(self._baseline.name, str(failed), case.name)], case.steps)
+        except ContenderError as failed:  # the baseline: nothing to set the others beside, from here on
+            if not match.entries:
+                return Outcome([], [*skipped, Skipped(self._baseline.name, str(failed), case.name)], case.steps)
+            done = {each.contender.name for each in match.entries} | {each.contender for each in match.lost}
+            why = f"{self._baseline.name} failed beside it: {failed}"
+            skipped += [Skipped(each.name, why, case.name) for each in able_ones[1:] if each.name not in done]
         return self._outcome(match, base, skipped)
 
     def _outcome(self, match: Match, base: Runs, skipped: list[Skipped]) -> Outcome:
@@ -305,9 +309,11 @@ class Match:
 
     def _lose(self, failed: ContenderError, base: Runs, own: Runs, first: int) -> None:
         """A contender fell out; it counts no round, and neither does the baseline beside it."""
-        if failed.contender == self._arena.baseline.name:
+        alone = failed.contender == self._arena.baseline.name
+        kept = first + (0 if alone else len(own.samples))
+        del base.samples[kept:], base.rates[kept:]
+        if alone:
             raise failed
-        del base.samples[first + len(own.samples) :], base.rates[first + len(own.samples) :]
         self.lost.append(Skipped(failed.contender, str(failed), self.case.name))
 
     def _affordable(self, base: Runs) -> int:
