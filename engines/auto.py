@@ -5,8 +5,8 @@
 1. "tensorrt" on a CUDA GPU, for components of which the bundle's store has an engine that is usable on it;
 2. "tensorrt-rtx", likewise;
 3. "onnxruntime" on the GPU;
-4. "openvino" on the CPU: in fp32 both are as fast as each other, and it opens large graphs sooner, makes pictures in less
-   memory, and has bf16 where the CPU does;
+4. "openvino" on the CPU: in fp32 it is as fast as the next, opens large graphs sooner, makes pictures in less memory,
+   and has bf16 where the CPU does;
 5. "onnxruntime" on the CPU.
 
 It never changes the precision that was asked for, or that the bundle was exported in: what cannot compute in it is

@@ -170,7 +170,8 @@ def stages(report: Report) -> Iterator[Plot]:
     for case in [best.name] if best is not None and best.name in names else list(names)[:1]:
         rows = [(m.contender, m.stages) for m in with_stages if m.case == case]
         svg = stacked(rows, seconds_text, "seconds")
-        yield finished(svg, "stages", f"Where the time goes: {case}", "Medians of the parts of a run, in seconds; host: the decoder's loop around its network.")
+        caption = "Medians of the parts of a run, in seconds; host is the decoder's loop beside its network."
+        yield finished(svg, "stages", f"Where the time goes: {case}", caption)
 
 
 def memory(report: Report) -> Iterator[Plot]:

@@ -188,8 +188,9 @@ def case_section(report: Report, case: CaseRecord, measured: Sequence[Measuremen
         if share is not None and case.flops is not None:
             rate = flops_text(case.flops / m.seconds.median, "FLOP/s")
             work.append(f"{m.contender} reaches {rate}, {100 * share:.0f} % of the best measured here in its precision")
-    hosts = ((m.contender, host_per_step(report, m)) for m in measured)
-    work += [f"beside the network a step of {name} costs {seconds_text(host)}" for name, host in hosts if host is not None]
+        host = host_per_step(report, m)
+        if host is not None:
+            work.append(f"beside the network a step of {m.contender} costs {seconds_text(host)}")
     most = max(max(m.samples) for m in measured)
     head = [
         "contender",
