@@ -228,7 +228,7 @@ class CupyDevice:
 
 def library() -> Any:
     """CuPy, for what watches the GPU from outside the sessions."""
-    import cupy
+    import cupy  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     return cupy
 

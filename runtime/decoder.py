@@ -205,7 +205,7 @@ class Decoder:
 
     def _denoise(self, plan: Plan, draw: Noise, callback: Callback | None) -> Array:
         """The final latents [B, 4, H/8, W/8]."""
-        loop = self.begin(plan, draw)
+        loop, x = self.begin(plan, draw), None
         with self._components.stage(plan.role, *plan.step_components):
             for done, x in enumerate(driven(loop, self.answers(plan)), 1):
                 if callback is not None:

@@ -169,7 +169,7 @@ def planned(
     from ..engines.trt import resolve_gpu
     from .planned_kernels import plan_kernels
 
-    profiles = (Profile({axis: (length,) * 3 for axis, length in axes.items()}),) if axes else ()
+    profiles = (Profile({axis: (length, length, length) for axis, length in axes.items()}),) if axes else ()
     job = PlanJob(
         name, "tensorrt-rtx", str(graph), tuple(inputs), profiles, (resolve_gpu("tensorrt-rtx", capability),),
         PlanSettings(), None, output="",
@@ -245,7 +245,7 @@ def counted_operations(of: Case, steps: int) -> int:
 
     draw = make_noise(seed=1)
     prediction = of.prediction.view(Counted)
-    of.session._outputs = {"prediction": prediction}
+    cast("Any", of.session)._outputs = {"prediction": prediction}
     loop = denoise(
         cast("Session", of.session), of.scheduler, of.x.view(Counted), of.scheduler.timesteps(steps),
         of.embedding.view(Counted), of.context, scale=SCALE, noise=lambda shape: draw(shape).view(Counted),

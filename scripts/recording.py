@@ -115,7 +115,7 @@ def record_calls(bundle: Bundle, names: Sequence[str], asked: Requests, report: 
     recorders = {
         name: Recorder(manifest.components[name], partial(open_component, bundle, name, **opened)) for name in names
     }
-    roles = [role for role, record in manifest.decoders.items() if set(names) & set(components_of(record))]
+    roles: list[Role] = [role for role, record in manifest.decoders.items() if set(names) & set(components_of(record))]
     replaced: dict[str, Session] = {record.movq_decoder: Blank(manifest.components[record.movq_decoder], record.scale)
               for record in manifest.decoders.values()}  # fmt: skip
     found: dict[str, list[list[Call]]] = {name: [] for name in names}

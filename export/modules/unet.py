@@ -249,7 +249,8 @@ class UNet(Network):
 
     def deep(self, x: Tensor, embedding: Tensor, added: AddedKeysValues) -> Tensor:
         """All that lies below the outermost level: [B, C, H, W] -> [B, feature_channels, H, W]."""
-        levels, skips = [*self.down_blocks], []
+        levels: list[Any] = [*self.down_blocks]
+        skips: list[Tensor] = []
         for above, level in pairwise(levels):
             x = above.downsamplers[0](x, embedding)
             skips += [x, *level.down(x, embedding, added)]
@@ -260,7 +261,8 @@ class UNet(Network):
         x = attend(x, *added[attend])
         x = self.mid_block.resnets[1](x, embedding)
 
-        for level in [*self.up_blocks][:-1]:
+        upwards: list[Any] = [*self.up_blocks]
+        for level in upwards[:-1]:
             x = level.upsamplers[0](level.up(x, skips, embedding, added), embedding)
         return x
 

@@ -35,7 +35,7 @@ def find_sources(manifest: Manifest, folders: Iterable[str]) -> dict[Part, Sourc
     given: dict[Part, Source] = {}
     for folder in folders:
         inside = [Path(folder), *sorted(each for each in Path(folder).glob("*") if each.is_dir())]
-        found = {part: source for each in inside for part, source in sources_in(each).items()}
+        found: dict[Part, Source] = {part: source for each in inside for part, source in sources_in(each).items()}
         if not found:
             raise InputError(
                 f"checkpoint {folder}: expected a folder in diffusers' layout with one of "
@@ -59,7 +59,9 @@ def made_from(manifest: Manifest) -> dict[Part, Source]:
         stages = known.get(source.kind, ())
         combined = source.kind if len(stages) > 1 else ""
         parts: list[Part] = ["prior"] if "prior" in stages else []
-        parts += [name for name in [next(decoders, None)] if name is not None] if "decoder" in stages else []
+        role = next(decoders, None) if "decoder" in stages else None
+        if role is not None:
+            parts.append(role)
         if Path(source.checkpoint).is_dir() or source.revision is not None:
             made |= dict.fromkeys(parts, Source(source.checkpoint, source.revision, source.variant, combined))
     return made

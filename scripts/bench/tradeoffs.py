@@ -144,13 +144,16 @@ def measure_tradeoffs(
         raise InputError(f"trade-offs: expected pictures a setting, found {pictures}")
     folders: Mapping[Source, Path | None] = {"miniature": None, "reuse": reuse_bundle, "quantized": quantized}
     chosen = [each for each in SETTINGS if each.bundle == "miniature" or folders[each.bundle] is not None]
-    for source in dict.fromkeys(each.bundle for each in SETTINGS if each not in chosen):
-        names = ", ".join(each.label for each in SETTINGS if each.bundle == source)
-        tell(f"trade-offs: {names} left out: {LACKING[source]}")
+    for source, why in LACKING.items():
+        names = ", ".join(each.label for each in SETTINGS if each.bundle == source and each not in chosen)
+        if names:
+            tell(f"trade-offs: {names} left out: {why}")
     with ExitStack() as stack:
-        models = {
-            source: stack.enter_context(load(folders[source], threads=threads))
-            for source in dict.fromkeys(each.bundle for each in chosen)
+        used = {each.bundle for each in chosen}
+        models: dict[Source, Kandinsky] = {
+            source: stack.enter_context(load(folder, threads=threads))
+            for source, folder in folders.items()
+            if source in used
         }
         for source, model in models.items():
             check_same(model, source, models["miniature"])

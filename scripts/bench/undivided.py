@@ -61,7 +61,7 @@ def undivided(checkpoint: Path, size: int, *, exact_norms: bool = True) -> tuple
     for module in network.modules() if exact_norms else ():
         for plain, exact in ((nn.GroupNorm, layers.GroupNorm), (nn.LayerNorm, layers.LayerNorm)):
             if type(module) is plain:
-                module.float().__class__ = exact
+                module.float().__class__ = exact  # pyright: ignore[reportAttributeAccessIssue]
     if part == "prior_step":
         dim = config["embedding_dim"]
         shapes: dict[str, tuple[int, ...]] = {
