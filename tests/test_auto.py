@@ -158,7 +158,7 @@ def test_a_precision_that_nothing_here_has_is_not_changed(opened: Bundle, fake: 
 
 def test_nothing_installed(opened: Bundle, fake: Callable[..., Machine]) -> None:
     fake()
-    message = r"backend 'auto' finds nothing.*kandrt\[cpu\].*kandrt\[openvino\]"
+    message = r"backend 'auto' finds nothing.*kandrt\[openvino\].*kandrt\[cpu\]"
     with pytest.raises(BackendError, match=message):
         automatic(opened)
 
@@ -244,7 +244,7 @@ def test_a_library_that_cannot_use_the_gpu_is_passed_over(opened: Bundle, fake: 
     fake(*ALL, gpu="sm89", broken={("tensorrt", "cuda"): "no libnvinfer", ("onnxruntime", "cuda"): "no provider"})
     build(opened, "tensorrt", "decoder_step")
     choices = automatic(opened)
-    assert where(choices) == {("onnxruntime", "cpu")}
+    assert where(choices) == {("openvino", "cpu")}
     assert choices["decoder_step"].passed[0] == "tensorrt on cuda: no libnvinfer"
     assert choices["decoder_step"].passed[2] == "onnxruntime on cuda: no provider"
     assert "no tensorrt engine" in choices["text_encoder"].passed[0]
@@ -254,7 +254,7 @@ def test_a_gpu_that_cannot_be_used_is_one_reason(opened: Bundle, fake: Callable[
     fake(*ALL, gpu="no usable GPU: the driver is too old")
     build(opened, "tensorrt", *opened.manifest.components)
     for choice in automatic(opened).values():
-        assert (choice.backend, choice.device) == ("onnxruntime", "cpu")
+        assert (choice.backend, choice.device) == ("openvino", "cpu")
         assert choice.passed == ("cuda: no usable GPU: the driver is too old",)
 
 
@@ -278,7 +278,7 @@ def test_without_a_driver_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -
 def test_auto_keeps_to_the_device_it_is_given(opened: Bundle, fake: Callable[..., Machine]) -> None:
     machine = fake(*ALL, gpu="sm89")
     choices = automatic(opened, device="cpu")
-    assert where(choices) == {("onnxruntime", "cpu")}
+    assert where(choices) == {("openvino", "cpu")}
     assert choices["decoder_step"].passed == ()
     assert "gpu" not in machine.asked
     mixed = automatic(opened, device={"decoder_step": "cpu"})
