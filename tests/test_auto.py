@@ -282,7 +282,7 @@ def test_auto_keeps_to_the_device_it_is_given(opened: Bundle, fake: Callable[...
     assert choices["decoder_step"].passed == ()
     assert "gpu" not in machine.asked
     mixed = automatic(opened, device={"decoder_step": "cpu"})
-    assert where(mixed) == {("onnxruntime", "cpu"), ("onnxruntime", "cuda")}
+    assert where(mixed) == {("openvino", "cpu"), ("onnxruntime", "cuda")}
     assert mixed["decoder_step"].device == "cpu"
     with pytest.raises(InputError, match="device of backend 'auto': expected 'cuda' or 'cpu', found 'tpu'"):
         automatic(opened, device="tpu")
