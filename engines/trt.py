@@ -151,6 +151,25 @@ def resolve_gpu(builder: Builder, name: str) -> str:
     return capability
 
 
+def check_gpu(builder: Builder) -> str:
+    """The compute capability of the GPU of this machine, as `capability` says it.
+
+    Raises what `capability` raises, and BackendError where the builder's engines do not run on such a GPU.
+    """
+    gpu, architectures = capability(), PACKAGES[builder].architectures
+    if architectures and gpu not in architectures and number(gpu) < number(architectures[-1]):
+        raise BackendError(
+            f"backend {builder!r} does not run on this GPU, which is {gpu}; "
+            f"it runs on {', '.join(architectures)} and later; use backend 'tensorrt' or 'onnxruntime'"
+        )
+    return gpu
+
+
+def number(capability: str) -> int:
+    """Of a compute capability: 89 of "sm89"."""
+    return int(capability.removeprefix("sm"))
+
+
 def capability(extra: str = "cuda") -> str:
     """The compute capability of the GPU of this machine, such as "sm89"; `extra` is what to install CuPy by.
 

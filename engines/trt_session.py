@@ -19,7 +19,7 @@ from .profiles import USUAL_BATCH, Coverage, Profile, batch_rows, default_size, 
 from .request import Request
 from .session import Array, ComponentSession
 from .store import EngineStore, build_command, command_options
-from .trt import capability, library, library_version, logger
+from .trt import capability, check_gpu, library, library_version, logger
 from .trt_context import Execution, Shape
 from .trt_engine import Engine, Library, Plans, Settings, out_of_memory
 
@@ -266,9 +266,9 @@ def kernels(backend: str, device: str) -> frozenset[Precision]:  # noqa: ARG001 
 
 
 def probe(backend: str, device: str) -> None:  # noqa: ARG001
-    """Raise BackendError where the library, a GPU or a driver is missing."""
+    """Raise BackendError where the library, a GPU or a driver is missing, or the GPU is one that it does not run on."""
     library(cast("Builder", backend))
-    capability()
+    check_gpu(cast("Builder", backend))
 
 
 def open_session(request: Request) -> TrtSession:

@@ -158,12 +158,8 @@ class Check:
 def unusable_here(backend: str) -> str | None:
     """Why a backend cannot use this GPU, or None."""
     from ..engines.backends import unusable
-    from ..engines.trt import PACKAGES, capability
 
-    why = unusable(backend, "cuda")
-    if why is None and backend == "tensorrt-rtx" and capability() not in PACKAGES["tensorrt-rtx"].architectures:
-        return f"TensorRT-RTX has no kernels for {capability()}"
-    return why
+    return unusable(backend, "cuda")
 
 
 def checks_once() -> list[Check]:

@@ -76,9 +76,12 @@ def test_a_case_that_cannot_be_is_refused(manifest: Manifest, name: str) -> None
 def test_a_bundle_is_asked_only_what_it_can(manifest: Manifest) -> None:
     assert possible_cases(manifest) == list(CASES)
     decoder = replace(manifest, prior=None, decoders={"decoder": manifest.decoders["decoder"]})
-    assert possible_cases(decoder) == ["step", "movq", "image-to-image", "cold-start"]
+    assert possible_cases(decoder) == ["step", "movq", "embedding-to-image", "image-to-image", "cold-start"]
     with pytest.raises(InputError, match="no prior"):
         make_case("text-to-image", decoder)
+    reads_text = replace(manifest.decoders["decoder"], embedding_dim=None)
+    with pytest.raises(InputError, match="its decoder takes no image embedding"):
+        make_case("embedding-to-image", replace(decoder, decoders={"decoder": reads_text}))
 
 
 def test_by_default_the_longest_case_is_last_and_movq_has_two_sizes(manifest: Manifest) -> None:

@@ -21,7 +21,7 @@ from kandrt.engines.errors import BackendError, InputError
 from kandrt.engines.plans import Builder
 from kandrt.engines.profiles import Coverage
 from kandrt.engines.session import Session
-from kandrt.engines.trt import PACKAGES, capability
+from kandrt.engines.trt import capability
 from kandrt.engines.trt_session import TrtSession
 from kandrt.runtime import load
 from kandrt.runtime.transfer import to_host
@@ -46,10 +46,7 @@ MIN_PSNR = {"fp32": 45.0, "fp16": 35.0}  # dB: whole requests add up the errors 
 @functools.cache
 def why_not(backend: str) -> str | None:
     """What keeps a backend from using a GPU here."""
-    why = unusable(backend, "cuda")
-    if why is None and backend == "tensorrt-rtx" and capability() not in PACKAGES["tensorrt-rtx"].architectures:
-        return f"TensorRT-RTX has no kernels for this GPU, which is {capability()}"
-    return why
+    return unusable(backend, "cuda")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...engines.errors import InputError
 from ...engines.manifest import DecoderRecord, Manifest, Role
 
-Stage = Literal["prior", "step", "movq", "text-to-image", "image-to-image", "controlnet"]
+Stage = Literal["prior", "step", "movq", "text-to-image", "embedding-to-image", "image-to-image", "controlnet"]
 Inputs: TypeAlias = Mapping[str, NDArray[Any]]
 
 SEED = 43
@@ -65,6 +65,9 @@ CASES: Mapping[str, Kind] = {
     "movq": Kind("movq", "Latents to pixels: MoVQ's decoder alone."),
     "text-to-image": Kind(
         "text-to-image", "Prompt to finished pixel values in memory: prior, all steps, MoVQ.", weight=6.0
+    ),
+    "embedding-to-image": Kind(
+        "embedding-to-image", "Image embedding to finished pixel values in memory: all steps, MoVQ.", weight=6.0
     ),
     "image-to-image": Kind(
         "image-to-image",
@@ -175,6 +178,8 @@ def impossible(name: str, manifest: Manifest) -> str | None:
         return f"the bundle has no {role}; it has {', '.join(has) or 'a prior alone'}"
     if stage == "text-to-image" and has[role].embedding_dim is not None and manifest.prior is None:
         return "the bundle has no prior"
+    if stage == "embedding-to-image" and has[role].embedding_dim is None:
+        return "its decoder takes no image embedding"
     return None
 
 

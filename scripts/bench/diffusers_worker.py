@@ -25,7 +25,10 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Classes:
-    """diffusers' classes of a family, by stage; `prompts` says whether its decoders read them."""
+    """diffusers' classes of a family, by stage; `prompts` says whether its decoders read them.
+
+    What paints from an embedding is what does in text-to-image.
+    """
 
     unet: str
     pipelines: Mapping[str, str]
@@ -139,7 +142,7 @@ class DiffusersSubject:
 
     def _pipeline(self, stage: str, part: Part) -> Any:
         """A pipeline, its networks tuned."""
-        name = self._classes.pipelines.get(stage)
+        name = self._classes.pipelines.get("text-to-image" if stage == "embedding-to-image" else stage)
         if name is None:
             raise InputError(f"diffusers has no pipeline of this family for {stage}")
         pipe = self._load(getattr(self._diffusers, name), part).to(self._device)

@@ -120,7 +120,7 @@ class KandrtSubject:
         self._keep(self._k(list(case.prompts), **(prior if has_prior else {}), **self._shared()).array)
 
     def _run_decoder(self) -> None:
-        """Image-to-image and ControlNet."""
+        """What begins with an embedding."""
         record, case = self._k.manifest.decoders[self.case.role], self.case
         told: dict[str, Any] = {} if record.prompt is None else {"prompt": list(case.prompts)}
         if "image_embeds" in self._inputs:
@@ -167,6 +167,7 @@ RUNS: Mapping[str, Callable[[KandrtSubject], None]] = {
     "step": KandrtSubject._run_step,
     "movq": KandrtSubject._run_movq,
     "text-to-image": KandrtSubject._run_text_to_image,
+    "embedding-to-image": KandrtSubject._run_decoder,
     "image-to-image": KandrtSubject._run_decoder,
     "controlnet": KandrtSubject._run_decoder,
 }

@@ -10,6 +10,7 @@ from .results import BASELINE, OWN, CaseRecord, Equivalence, Measurement, Report
 # The case that speaks for all, of those that were measured, by the name of its kind.
 HEADLINES = (
     "text-to-image",
+    "embedding-to-image",
     "image-to-image",
     "controlnet",
     "step",
