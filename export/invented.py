@@ -11,7 +11,7 @@ from torch import nn
 
 from ..engines.files import atomic_write
 from .graphs import Graph
-from .trace import clean, linear_weights, link_weights, trace, use_transposed
+from .trace import clean, link_weights, trace
 from .weight_files import ALIGNMENT, TensorLocation
 
 BLOCK = 2**20  # bytes of noise that a weights file repeats
@@ -23,7 +23,6 @@ def write_invented(network: nn.Module, graph: Graph, path: Path) -> Path:
     For those who plan or count, and run nothing: shapes and types are right, and no numbers are.
     """
     model = trace(network, graph)
-    use_transposed(model, linear_weights(network))
     weights, tensors = path.with_suffix(".weights"), places(model)
     write_noise(weights, max((place.offset + place.length for place in tensors.values()), default=0))
     link_weights(model, weights.name, path.parent, tensors, {})

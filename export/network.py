@@ -20,7 +20,7 @@ from .check import check_graph
 from .checkpoint import SubModel
 from .graphs import NETWORKS, Graph
 from .torch_session import TorchSession
-from .trace import TRANSPOSED, cast_weights, clean, linear_weights, link_weights, trace, use_transposed
+from .trace import cast_weights, clean, link_weights, trace
 from .weight_files import TensorToWrite, WeightsFile, write_safetensors
 from .weights import Weights, check_names
 
@@ -134,20 +134,17 @@ class Writer:
         self._stopped = Event()
 
     def start(self, source: SourceNetwork, path: Path) -> Future[WeightsFile]:
-        """Begin to write the network's tensors under its own names, linear weights transposed, one at a time."""
+        """Begin to write the network's tensors under its own names, one at a time."""
         source.network.set_precision(TORCH_DTYPES[self._precision])
-        transposed = linear_weights(source.network)
 
         def read(name: str) -> Tensor:
             if self._stopped.is_set():
                 raise CancelledError
-            return source.read(name).T if name in transposed else source.read(name)
+            return source.read(name)
 
         def entry(name: str, tensor: Tensor) -> TensorToWrite:
             dtype = str(source.rounded.get(name, tensor.dtype)).removeprefix("torch.")
-            shape = tuple(tensor.shape)
-            stored, shape = (name + TRANSPOSED, shape[::-1]) if name in transposed else (name, shape)
-            return TensorToWrite(stored, dtype, shape, partial(read, name))
+            return TensorToWrite(name, dtype, tuple(tensor.shape), partial(read, name))
 
         # Listed here and now: while it is traced, the network's own tensors belong to the tracing thread.
         entries = [entry(name, tensor) for name, tensor in source.network.state_dict().items()]
@@ -176,7 +173,6 @@ def export_network(
     for key, component in job.components.items():
         report(f"tracing {component}")
         models[key] = trace(source.network, source.graphs[key])
-        use_transposed(models[key], linear_weights(source.network))
     report(f"writing weights of {job.name}")
     written = writing.result()
     components = {}

@@ -22,7 +22,6 @@ from .graphs import Graph
 from .weight_files import TensorLocation
 
 OPSET = 23  # the first with Attention; GroupNormalization and LayerNormalization are older
-TRANSPOSED = ".transposed"  # suffix of a linear layer's weight stored [in, out], as MatMul takes it
 EXAMPLE_LENGTHS = (2, 3, 5, 7, 11, 13)  # of dynamic axes: all different, so that none is taken for another
 ONNX_DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -55,11 +54,6 @@ class Method(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """What the method gives."""
         return self.graph.call(self.network, inputs)
-
-
-def linear_weights(network: nn.Module) -> set[str]:
-    """Names of the weights that are stored transposed: those of all linear layers."""
-    return {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Linear)}
 
 
 def trace(network: nn.Module, graph: Graph) -> ir.Model:
@@ -144,28 +138,6 @@ def rename_initializer(model: ir.Model, value: ir.Value, name: str) -> None:
         model.graph.initializers[name] = value
 
 
-def use_transposed(model: ir.Model, transposed: set[str]) -> None:
-    """Let the graph read linear weights as [in, out].
-
-    The exporter writes MatMul(x, Transpose(weight)), which every engine would compute and hold a second time when it
-    loads the graph.
-    """
-    for value in list(model.graph.initializers.values()):
-        if value.name not in transposed:
-            continue
-        for node, index in list(value.uses()):
-            if node.op_type == "Transpose":
-                ir.convenience.replace_all_uses_with(node.outputs[0], value)
-                model.graph.remove(node, safe=True)
-            elif node.op_type == "Gemm" and index == 1:
-                flipped = 1 - node.attributes.get_int("transB", 0)
-                node.attributes["transB"] = ir.AttrInt64("transB", flipped)
-            else:
-                raise RuntimeError(f"{value.name}: cannot transpose for {node.op_type}")
-        value.shape = ir.Shape(tuple(reversed(value.shape or ())))
-        rename_initializer(model, value, value.name + TRANSPOSED)
-
-
 def link_weights(
     model: ir.Model,
     location: str,
@@ -201,7 +173,7 @@ def clean(model: ir.Model) -> None:
 
     with quiet(), without_collection():
         # Its limit is in elements, of 8 bytes at most.
-        optimizer.optimize_ir(model, num_iterations=1, output_size_limit=MAX_INLINE // 8)
+        optimizer.optimize_ir(model, num_iterations=1, output_size_limit=MAX_INLINE // 8, should_fold=unless_linear)
         passes.IdentityEliminationPass()(model)
         passes.ClearMetadataAndDocStringPass()(model)
         passes.RemoveUnusedOpsetsPass()(model)
@@ -209,6 +181,17 @@ def clean(model: ir.Model) -> None:
         tensor = value.const_value
         if tensor is not None and not isinstance(tensor, ir.ExternalTensor | Widened) and tensor.nbytes > MAX_INLINE:
             raise RuntimeError(f"{name}: {tensor.nbytes} bytes would lie inside the graph")
+
+
+def unless_linear(node: ir.Node) -> bool | None:
+    """Whether a node may be folded; None leaves it to the optimizer.
+
+    Not the Transpose of a linear layer's weight, which is stored [out, in] as checkpoints have it: OpenVINO computes
+    with that, and would make a copy of what is stored [in, out].
+    """
+    (weight, *_) = node.inputs or (None,)
+    is_weight = weight is not None and isinstance(weight.const_value, ir.ExternalTensor | Widened)
+    return False if node.op_type == "Transpose" and is_weight else None
 
 
 def cast_weights(model: ir.Model) -> None:

@@ -24,7 +24,8 @@ from .miniature.world import random_scene
 from .train_miniature.configs import CHECKPOINTS, MINI_PRIOR, config, write_config_files
 
 CODEBOOK, PICTURES = "quantize.embedding.weight", 16
-# What stands around a tensor's name in a bundle: the exporter's module, and the mark of a weight stored [in, out]
+# What stands around a tensor's name in a bundle: the exporter's module, and the mark of a linear weight stored
+# [in, out], as bundles once had them and the miniature has
 PREFIX, TRANSPOSED = "network.", ".transposed"
 
 Arrays = dict[str, NDArray[Any]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -143,6 +144,26 @@ def test_a_graph_that_cannot_be_read_is_an_error_of_the_backend(opened: Bundle, 
         graph.write_bytes(content)
         with pytest.raises(BackendError, match=f"prior_step: onnxruntime cannot open {re.escape(str(graph))}"):
             OrtSession("prior_step", graph, component, "cpu")
+
+
+FOLDING = "optimization.disable_specified_optimizers"
+
+
+def test_weights_that_are_stored_as_computed_are_not_folded(
+    session: Session, opened: Bundle, fp16_bundle: Path
+) -> None:
+    """ONNX Runtime then takes a linear weight as it lies, and computes the same."""
+    component = opened.manifest.components["prior_step"]
+    settings = session._session.get_session_options()  # type: ignore[attr-defined]
+    assert settings.get_session_config_entry(FOLDING) == "ConstantFolding"
+    with closing(OrtSession("prior_step", opened.path(component.graph), component, "cpu", 1)) as folded:
+        inputs = arrays(session)
+        np.testing.assert_array_equal(session(**inputs)["prediction"], folded(**inputs)["prediction"])
+    half = open_bundle(fp16_bundle)  # on a CPU every weight of it is widened: once, not at every call
+    with closing(open_component(half, "prior_step", backend="onnxruntime", device="cpu", threads=1)) as narrow:
+        settings = narrow._session.get_session_options()  # type: ignore[attr-defined]
+        with pytest.raises(RuntimeError, match=FOLDING):
+            settings.get_session_config_entry(FOLDING)
 
 
 def test_a_build_without_the_device_is_an_error_of_the_backend(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

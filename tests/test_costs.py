@@ -115,9 +115,12 @@ def test_the_keys_kept_from_before_count(tmp_path: Path) -> None:
     assert graph_costs(graph_file(tmp_path, node, inputs), {"batch": 3}).flops == 2 * 3 * 4 * 7 * 9 * (6 + 5)
 
 
-def test_bytes_of_activations_leave_out_what_is_made_of_weights_alone(tmp_path: Path) -> None:
-    nodes = [helper.make_node("Neg", ["w"], ["negative"]), helper.make_node("MatMul", ["x", "negative"], ["out"])]
-    path = graph_file(tmp_path, nodes[1], {"x": [5, 7]}, w=[7, 4])
+@pytest.mark.parametrize(("operator", "shape"), [("Neg", [7, 4]), ("Transpose", [4, 7])])
+def test_bytes_of_activations_leave_out_what_is_made_of_weights_alone(
+    operator: str, shape: list[int], tmp_path: Path
+) -> None:
+    nodes = [helper.make_node(operator, ["w"], ["made"]), helper.make_node("MatMul", ["x", "made"], ["out"])]
+    path = graph_file(tmp_path, nodes[1], {"x": [5, 7]}, w=shape)
     model = onnx.load(path)
     model.graph.node.insert(0, nodes[0])
     onnx.save(model, path)

@@ -34,7 +34,6 @@ from kandrt.export.exporter import check_together, export_bundle
 from kandrt.export.graphs import Graph
 from kandrt.export.network import Job, SourceNetwork
 from kandrt.export.random_weights import random_tensors
-from kandrt.export.trace import linear_weights
 from kandrt.export.weight_files import write_safetensors
 
 STORED = "diffusion_pytorch_model.safetensors"
@@ -93,11 +92,9 @@ def graph_of(network: torch.nn.Module, graph: Graph) -> ir.Model:
 
     inputs = [value(spec.name, spec.dtype, spec.shape) for spec in graph.inputs]
     outputs = [value(spec.name, spec.dtype, spec.shape) for spec in graph.outputs]
-    names = [name for name, _ in network.named_parameters() if name not in linear_weights(network)]
     weights = [
         value(name, str(parameter.dtype).removeprefix("torch."), parameter.shape)
-        for name, parameter in network.named_parameters()
-        if name in names[: len(outputs)]
+        for name, parameter in list(network.named_parameters())[: len(outputs)]
     ]
 
     def cast(value: ir.Value, dtype: ir.DataType | None, *outputs: ir.Value) -> ir.Node:
@@ -135,12 +132,9 @@ def manifest_of(folder: Path) -> Manifest:
 
 
 def weights_of(folder: Path, name: str) -> dict[str, Tensor]:
-    """Weights of a bundle under their checkpoint's names and in its order of axes."""
+    """Weights of a bundle under their checkpoint's names."""
     stored = safetensors.torch.load_file(folder / "weights" / f"{name}.safetensors")
-    return {
-        key.removesuffix(".transposed").removeprefix("network."): tensor.T if key.endswith(".transposed") else tensor
-        for key, tensor in stored.items()
-    }
+    return {key.removeprefix("network."): tensor for key, tensor in stored.items()}
 
 
 def assert_weights(folder: Path, name: str, expected: Mapping[str, Tensor], unused: str = "") -> None:

@@ -7,20 +7,26 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from kandrt.engines.backends import open_component
 from kandrt.engines.bundle import Bundle, open_bundle
+from kandrt.engines.hashing import sha256_file
+from kandrt.engines.manifest import MANIFEST, FileRecord, encode_manifest
 from kandrt.engines.memory import weights_memory
-from kandrt.export.quantize.layers import find_layers
+from kandrt.export.quantize.layers import TRANSPOSED, find_layers
+from kandrt.export.quantize.rewrite import Weights
+from kandrt.export.quantize.storage import read_places
 from kandrt.runtime import load
 from kandrt.runtime.miniature import MINIATURE
 from kandrt.scripts.cli import app
@@ -128,13 +134,83 @@ def test_memory_counts_8_bits_as_such(source: Bundle, quantized: Bundle) -> None
     assert weights_memory(source.manifest, ["movq_decoder"]) == weights_memory(quantized.manifest, ["movq_decoder"])
 
 
+# Linear weights as they are stored now: the miniature has them [in, out], as bundles once had
+
+
+def turned(bundle: Bundle, folder: Path) -> Bundle:
+    """A copy of the bundle whose decoder reads linear weights [out, in]."""
+    shutil.copytree(bundle.folder, folder)
+    components, record = dict(bundle.manifest.components), bundle.manifest.weights["decoder"]
+    arrays = {
+        name.removesuffix(TRANSPOSED): np.ascontiguousarray(array.T) if name.endswith(TRANSPOSED) else array
+        for name, array in load_file(bundle.path(record)).items()
+    }
+    save_file(arrays, folder / record.file)
+    weights = Weights(folder, record.file, read_places(folder / record.file))
+    for component in ("decoder_step", "decoder_context"):
+        path = folder / components[component].graph.file
+        model = ir.load(path)
+        for value in list(model.graph.initializers.values()):
+            if isinstance(value.const_value, ir.ExternalTensor):
+                turn(model, value, weights)
+        ir.save(model, path)
+        graph = FileRecord(path.name, path.stat().st_size, sha256_file(path))
+        components[component] = replace(components[component], graph=graph)
+    file = FileRecord(record.file, (folder / record.file).stat().st_size, sha256_file(folder / record.file))
+    changed = {"components": components, "weights": {**bundle.manifest.weights, "decoder": file}}
+    (folder / MANIFEST).write_bytes(encode_manifest(replace(bundle.manifest, **changed)))
+    return open_bundle(folder)
+
+
+def turn(model: ir.Model, value: ir.Value, weights: Weights) -> None:
+    """Let a graph read one weight of another file, through a Transpose where that has it [out, in]."""
+    old = value.name or ""
+    name = old.removesuffix(TRANSPOSED)
+    if name != old:
+        ((user, _),) = value.uses()
+        wide = user.outputs[0] if user.op_type == "Cast" else value
+        ((reader, _),) = wide.uses()
+        node = ir.node("Transpose", [wide], {"perm": [1, 0]})
+        node.outputs[0].name, node.outputs[0].type = f"{name}.turned", wide.type
+        ir.convenience.replace_all_uses_with(wide, node.outputs[0])
+        node.replace_input_with(0, wide)
+        model.graph.insert_before(reader, node)
+        del model.graph.initializers[old]
+        value.name = name
+        model.graph.initializers[name] = value
+    value.const_value = weights.tensor(name)
+    value.shape = value.const_value.shape
+
+
+def test_both_forms_of_linear_weights_give_the_same_numbers(
+    made: tuple[Bundle, dict[str, Any]], source: Bundle, tmp_path: Path
+) -> None:
+    other = turned(source, tmp_path / "turned")
+    assert any(layer.flipped for layer in find_layers(ir.load(other.folder / "decoder_step.onnx")))
+    result = run(
+        "quantize", other.folder, "-o", tmp_path / "int8", *OPTIONS, *asked(*PROMPTS), "--keep", KEPT, "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    quantized, said = open_bundle(tmp_path / "int8"), json.loads(result.stdout)
+    files = [load_file(bundle.path(bundle.manifest.weights["decoder"])) for bundle in (made[0], quantized)]
+    named = [{name.replace(TRANSPOSED, ""): array for name, array in arrays.items()} for arrays in files]
+    assert named[0].keys() == named[1].keys()
+    for name, array in named[0].items():
+        stored_turned = f"{name}{TRANSPOSED}" in files[0]  # a weight that is not in 8 bits
+        np.testing.assert_array_equal(named[1][name].T if stored_turned else named[1][name], array)
+    noise = [each["components"]["decoder_step"]["noise"] for each in (made[1], said)]
+    assert {name.removesuffix(TRANSPOSED): error for name, error in noise[0].items()} == noise[1]
+    records = [bundle.manifest.components["decoder_step"].quantization for bundle in (made[0], quantized)]
+    assert records[0] is not None
+    assert records[1] is not None
+    assert (records[0].error, records[0].samples) == (records[1].error, records[1].samples)
+
+
 # What runs it
 
 
 def kinds(bundle: Bundle) -> Counter[str]:
     """How many layers the decoder's step has in 8 bits, by operator."""
-    import onnx_ir as ir
-
     record = bundle.manifest.components["decoder_step"].quantization
     assert record is not None
     original = find_layers(ir.load(MINIATURE / "decoder_step.onnx"))

@@ -24,6 +24,8 @@ from kandrt.export.quantize.rewrite import INT8, SCALE, Rewriter, Weights
 from kandrt.export.quantize.storage import Place, copy_of, part_of, read_array, read_places, write_parts
 
 WEIGHTS = "weights.safetensors"
+# Names that a linear layer's weight has where it is stored [out, in], and [in, out] as bundles once had it
+LINEAR = ("mid.to_q.weight", "mid.to_q.weight.transposed")
 
 
 def array(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
@@ -99,14 +101,17 @@ def test_a_damaged_weights_file_is_named(tmp_path: Path, content: bytes) -> None
 class Toy:
     """A graph in a folder: conv_in, a convolution, one of groups, a linear layer, a product of activations, a Gemm."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, linear: str) -> None:
         rng = np.random.default_rng(0)
-        self.folder = folder
+        self.folder, self.linear, self.flipped = folder, linear, linear == LINEAR[0]
         self.arrays = {
             "conv_in.weight": array(rng, 4, 4, 1, 1), "mid.conv.weight": array(rng, 6, 4, 3, 3),
             "mid.conv.bias": array(rng, 6), "mid.grouped.weight": array(rng, 6, 1, 3, 3),
-            "mid.to_q.weight.transposed": array(rng, 6, 5).astype(np.float16), "time.weight": array(rng, 6, 6),
+            linear: array(rng, 6, 5).astype(np.float16), "time.weight": array(rng, 6, 6),
         }  # fmt: skip
+        self.matrix = self.arrays[linear].astype(np.float32)  # [in, out]
+        if self.flipped:
+            self.arrays[linear] = np.ascontiguousarray(self.arrays[linear].T)
         kinds = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
         parts = [
             part_of(name, kinds[each.dtype], each.shape, lambda each=each: each)  # type: ignore[misc]
@@ -140,8 +145,10 @@ class Toy:
         add("Conv", "conv mid.grouped.weight", "grouped", pads=[1, 1, 1, 1], group=6)
         add("Reshape", "grouped shape", "flat")
         add("Transpose", "flat", "tokens", perm=[0, 2, 1])
-        add("Cast", "mid.to_q.weight.transposed", "wide", to=1)
-        add("MatMul", "tokens wide", "q")
+        add("Cast", self.linear, "wide", to=1)
+        if self.flipped:
+            add("Transpose", "wide", "turned", perm=[1, 0])
+        add("MatMul", "tokens turned" if self.flipped else "tokens wide", "q")
         add("Transpose", "q", "k", perm=[0, 2, 1])
         add("MatMul", "q k", "y")
         weighted = [value for name, value in values.items() if name in self.arrays or name == "shape"]
@@ -154,7 +161,7 @@ class Toy:
         """A file with the weights of layers in 8 bits."""
         parts = []
         for layer in layers:
-            weight = self.arrays[layer.weight].astype(np.float32)
+            weight = self.matrix if layer.weight == self.linear else self.arrays[layer.weight]
             scales = weight_scales(weight, layer.axis)
             numbers = round_weight(weight, scales, layer.axis)
             parts.append(part_of(layer.weight + INT8, "I8", numbers.shape, lambda numbers=numbers: numbers))  # type: ignore[misc]
@@ -174,9 +181,9 @@ class Toy:
         return found
 
 
-@pytest.fixture
-def toy(tmp_path: Path) -> Toy:
-    return Toy(tmp_path)
+@pytest.fixture(params=LINEAR)
+def toy(tmp_path: Path, request: pytest.FixtureRequest) -> Toy:
+    return Toy(tmp_path, request.param)
 
 
 def calls(count: int) -> list[dict[str, NDArray[np.float32]]]:
@@ -187,7 +194,7 @@ def calls(count: int) -> list[dict[str, NDArray[np.float32]]]:
 def test_layers_are_convolutions_and_linear_ones_without_the_ends(toy: Toy) -> None:
     conv, linear = find_layers(ir.load(toy.folder / "toy.onnx"))
     assert conv == Layer("mid.conv.weight", "Conv", "in", "conv")
-    assert linear == Layer("mid.to_q.weight.transposed", "MatMul", "tokens", "q")
+    assert linear == Layer(toy.linear, "MatMul", "tokens", "q", flipped=toy.flipped)
     assert (conv.axis, linear.axis) == (0, 1)
     assert (conv.name, linear.name) == ("mid.conv", "mid.to_q")
 
@@ -223,15 +230,14 @@ def test_noise_is_that_of_a_layer_alone(toy: Toy) -> None:
     layers, given = find_layers(ir.load(toy.folder / "toy.onnx")), calls(2)
     grids = find_grids(toy.measured(), ["in", "conv", "tokens"], given)
     found = noise_of_layers(toy.measured(), layers, grids, given, toy.rounded(layers))
-    weight = toy.arrays["mid.to_q.weight.transposed"].astype(np.float32)
-    scales = weight_scales(weight, 1)
+    weight, scales = toy.matrix, weight_scales(toy.matrix, 1)
     shares = []
     for call in given:
         tokens, exact = toy.exact(call["x"], "tokens", "q")
         rounded = fake(tokens, grids["tokens"]) @ (round_weight(weight, scales, 1) * scales)
         shares.append(np.square(rounded - exact).sum() / np.square(exact).sum())
     # a value that lies between two levels may round to either: that moves a sum of some thousand squares a little
-    assert found["mid.to_q.weight.transposed"] == pytest.approx(np.sqrt(np.mean(shares)), rel=0.05)
+    assert found[toy.linear] == pytest.approx(np.sqrt(np.mean(shares)), rel=0.05)
     assert 0.003 < found["mid.conv.weight"] < 0.05  # of three roundings to 8 bits of what is spread like a bell
 
 
@@ -245,8 +251,24 @@ def test_a_layer_of_several_is_replaced_and_the_others_stay(toy: Toy) -> None:
     assert kinds.count("DequantizeLinear") == 3
     assert kinds.count("Conv") == 3
     assert "mid.conv.weight" not in model.graph.initializers  # nothing reads it any more
-    assert "mid.to_q.weight.transposed" in model.graph.initializers
+    assert toy.linear in model.graph.initializers
     assert model.graph.initializers["mid.conv.weight" + INT8].dtype == ir.DataType.INT8
+
+
+def test_a_weight_is_stored_in_8_bits_as_the_product_takes_it(toy: Toy) -> None:
+    """With a Transpose between, ONNX Runtime would have no kernel of 8 bits for it."""
+    model = ir.load(toy.folder / "toy.onnx")
+    layers = find_layers(model)
+    Rewriter(model, {name: Grid(0.1, 128) for name in ("in", "conv", "tokens")}, toy.rounded(layers)).replace(layers)
+    (product,) = (node for node in model.graph if node.op_type == "MatMul" and node.name.endswith(INT8))
+    assert product.inputs[1] is not None
+    dequantize = product.inputs[1].producer()
+    assert dequantize is not None
+    assert (dequantize.op_type, dequantize.attributes.get_int("axis")) == ("DequantizeLinear", 1)
+    numbers = model.graph.initializers[toy.linear + INT8]
+    assert dequantize.inputs[0] is numbers
+    assert numbers.shape == ir.Shape([6, 5])
+    assert toy.linear not in model.graph.initializers
 
 
 def test_relative_error_is_the_worst_outputs_over_all_calls() -> None:

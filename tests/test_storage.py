@@ -31,7 +31,7 @@ from kandrt.export.checkpoint import open_checkpoint
 from kandrt.export.exporter import export_bundle
 from kandrt.export.graphs import Graph
 from kandrt.export.network import TORCH_DTYPES, Job, SourceNetwork, Writer
-from kandrt.export.trace import MAX_INLINE, cast_weights, clean, linear_weights, link_weights, trace, use_transposed
+from kandrt.export.trace import MAX_INLINE, cast_weights, clean, link_weights, trace
 from kandrt.export.weight_files import TensorToWrite, write_safetensors
 from kandrt.runtime import load
 from kandrt.scripts.cli import app
@@ -246,17 +246,10 @@ def test_casts_of_either_type_run_and_are_shared(dtype: str, tmp_path: Path) -> 
     values = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in reference.state_dict().items()}
     with torch.device("meta"):
         network = Small().eval()
-    transposed = linear_weights(network)
-
-    def entry(name: str, tensor: Tensor) -> TensorToWrite:
-        tensor = tensor.T if name in transposed else tensor
-        stored = f"{name}.transposed" if name in transposed else name
-        return TensorToWrite(stored, dtype, tuple(tensor.shape), lambda: tensor)
-
-    written = write_safetensors(tmp_path / "w.safetensors", [entry(*item) for item in values.items()])
+    entries = [TensorToWrite(n, dtype, tuple(t.shape), values[n].clone) for n, t in values.items()]
+    written = write_safetensors(tmp_path / "w.safetensors", entries)
     x = TensorSpec("x", "float32", ("batch", 3, 8))
     model = trace(network, Graph("run", (x,), (TensorSpec("y", "float32", ("batch", 4, 3)),)))
-    use_transposed(model, transposed)
     link_weights(model, "w.safetensors", tmp_path, written.tensors, {})
     clean(model)
     cast_weights(model)
@@ -264,6 +257,8 @@ def test_casts_of_either_type_run_and_are_shared(dtype: str, tmp_path: Path) -> 
     assert external == written.tensors.keys() - {"scale"}  # folded: what lies in the graph instead is in fp32
     casts = [str(node.inputs[0].name) for node in model.graph if node.op_type == "Cast" and node.inputs[0]]
     assert sorted(casts) == sorted(external)
+    ((cast, _),) = model.graph.initializers["linear.weight"].uses()
+    assert [node.op_type for node, _ in cast.outputs[0].uses()] == ["Transpose"]  # one, and after the cast
     ir.save(model, tmp_path / "graph.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "graph.onnx"), providers=["CPUExecutionProvider"])
     low = getattr(torch, dtype)

@@ -26,7 +26,7 @@ from kandrt.export.check import difference
 from kandrt.export.checkpoint import open_checkpoint
 from kandrt.export.graphs import Graph
 from kandrt.export.network import Job, SourceNetwork
-from kandrt.export.trace import clean, linear_weights, link_weights, trace, use_transposed
+from kandrt.export.trace import clean, link_weights, trace
 from kandrt.export.weight_files import TensorLocation
 
 COMPONENTS = (
@@ -111,8 +111,9 @@ def test_weights_lie_outside_and_are_read_as_they_are_stored(component: str, ope
     assert record.parameters == sum(tensor.size for tensor in external.values())
     assert record.graph.size < 300_000
     for node in model.graph:
-        if node.op_type == "Transpose":
-            assert not any(value is not None and value.is_initializer() for value in node.inputs)
+        if node.op_type == "Transpose" and node.inputs[0] is not None and node.inputs[0].is_initializer():
+            assert node.inputs[0].name in external  # of no constant: that would have been folded
+            assert {user.op_type for user, _ in node.outputs[0].uses()} == {"MatMul"}
 
 
 @pytest.fixture
@@ -133,6 +134,18 @@ def source(checkpoints: dict[str, Path]) -> Any:
         return SourceNetwork(Job(submodel, open_checkpoint(checkpoints[role]).submodels[submodel], None, graphs))
 
     return make
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_linear_weights_are_read_as_the_checkpoint_has_them(component: str, opened: Bundle, source: Any) -> None:
+    modules, values = source(component).network.named_modules(), graph_of(opened, component).graph.initializers
+    linear = {f"{name}.weight": module.weight for name, module in modules if isinstance(module, nn.Linear)}
+    assert linear.keys() & values.keys()
+    for name in linear.keys() & values.keys():
+        assert values[name].shape == ir.Shape(linear[name].shape)
+        users = [node.op_type for node, _ in values[name].uses()]
+        assert set(users) <= {"Transpose", "Gemm"}
+        assert users.count("Transpose") <= 1
 
 
 def draw(specs: tuple[TensorSpec, ...], lengths: Mapping[str, int]) -> dict[str, NDArray[Any]]:
@@ -212,32 +225,32 @@ SMALL_GRAPH = Graph(
 
 
 def stored(network: nn.Module, folder: Path) -> tuple[dict[str, Tensor], dict[str, TensorLocation]]:
-    """Random weights in one raw file, linear ones transposed; their values, and their places by name."""
+    """Random weights in one raw file: their values, and their places by name."""
     generator = torch.Generator().manual_seed(0)
     values, places, data = {}, {}, io.BytesIO()
     for name, parameter in network.named_parameters():
         values[name] = torch.randn(parameter.shape, generator=generator)
-        linear = name in linear_weights(network)
-        tensor = (values[name].T if linear else values[name]).contiguous()
-        key = name + tracing.TRANSPOSED if linear else name
-        places[key] = TensorLocation("float32", tuple(tensor.shape), data.tell(), tensor.nbytes)
-        data.write(tensor.numpy().tobytes())
+        places[name] = TensorLocation("float32", tuple(parameter.shape), data.tell(), values[name].nbytes)
+        data.write(values[name].numpy().tobytes())
     (folder / "w.bin").write_bytes(data.getvalue())
     return values, places
 
 
-def test_linear_weights_are_read_transposed_wherever_they_are_used(tmp_path: Path) -> None:
+def test_linear_weights_stay_in_the_file_and_are_transposed_once(tmp_path: Path) -> None:
     import onnxruntime
 
     with torch.device("meta"):
         network = Small().eval()
-    assert linear_weights(network) == {"plain.weight", "bare.weight"}
     values, places = stored(network, tmp_path)
     model = trace(network, SMALL_GRAPH)
-    use_transposed(model, linear_weights(network))
-    assert not any(node.op_type == "Transpose" and node.inputs[0].is_initializer() for node in model.graph)  # type: ignore[union-attr]
     link_weights(model, "w.bin", tmp_path, places, {"table": torch.arange(8.0)})
     clean(model)
+    for name in ("plain.weight", "bare.weight"):
+        weight = model.graph.initializers[name]
+        assert isinstance(weight.const_value, ir.ExternalTensor)
+        assert [node.op_type for node, _ in weight.uses()].count("Transpose") == 1
+    (product,) = (node for node in model.graph if node.op_type == "Gemm")
+    assert (product.inputs[1], product.attributes.get_int("transB", 0)) == (model.graph.initializers["plain.weight"], 1)
     ir.save(model, tmp_path / "graph.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "graph.onnx"), providers=["CPUExecutionProvider"])
     assert [value.name for value in session.get_outputs()] == ["flat", "y"]
@@ -256,21 +269,13 @@ def test_faults_of_the_exporter_itself_are_not_passed_on(tmp_path: Path, monkeyp
         network = Small().eval()
     _, places = stored(network, tmp_path)
     table = {"table": torch.arange(8.0)}
-
-    def traced() -> ir.Model:
-        model = trace(network, SMALL_GRAPH)
-        use_transposed(model, linear_weights(network))
-        return model
-
-    model = traced()
+    model = trace(network, SMALL_GRAPH)
     with pytest.raises(RuntimeError, match=r"reads 'table', which is neither a weight nor a constant"):
         link_weights(model, "w.bin", tmp_path, places, {})
     link_weights(model, "w.bin", tmp_path, places, table)
     monkeypatch.setattr(tracing, "MAX_INLINE", 31)  # the table has 32 bytes
     with pytest.raises(RuntimeError, match="table: 32 bytes would lie inside the graph"):
         clean(model)
-    with pytest.raises(RuntimeError, match=r"conv\.weight: cannot transpose for Conv"):
-        use_transposed(model, {"conv.weight"})
 
 
 def test_a_size_that_must_be_divisible_is_traced_as_such() -> None:

@@ -229,17 +229,23 @@ class Network:
         self._report(f"{self._name}: rounding the weights of {len(layers)} layers")
         parts: list[Part] = []
         for layer in layers.values():
-            scales = weight_scales(self._read(layer.weight), layer.axis)
+            scales = weight_scales(self._read(layer), layer.axis)
             parts.append(part_of(layer.weight + SCALE, "F32", scales.shape, partial(np.copy, scales)))
             shape = self._places[layer.weight].shape
+            shape = shape[::-1] if layer.flipped else shape
             parts.append(part_of(layer.weight + INT8, "I8", shape, partial(self._round, layer, scales)))
         return write_parts(self._scratch, parts).places
 
     def _round(self, layer: Layer, scales: NDArray[np.float32]) -> NDArray[np.int8]:
-        return round_weight(self._read(layer.weight), scales, layer.axis)
+        return round_weight(self._read(layer), scales, layer.axis)
 
-    def _read(self, weight: str) -> NDArray[np.float32]:
-        return read_array(self._source, self._places[weight]).astype(np.float32, copy=False)
+    def _read(self, layer: Layer) -> NDArray[np.float32]:
+        """The weight as the layer's operator takes it, which is how it lies in 8 bits too.
+
+        With a Transpose between, ONNX Runtime has no kernel for the product in 8 bits.
+        """
+        weight = read_array(self._source, self._places[layer.weight]).astype(np.float32, copy=False)
+        return weight.T if layer.flipped else weight
 
     def _rewrite(self, name: str, calls: Calls) -> tuple[ir.Model, list[str], dict[str, float]]:
         """A component's graph in 8 bits, the weights of its layers that are, and each layer's error."""
