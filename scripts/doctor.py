@@ -31,7 +31,7 @@ EXTRAS = (
     "onnxruntime-webgpu", "export",
 )  # fmt: skip
 REQUIREMENT = re.compile(
-    r"(?P<name>[\w.-]+)\s*>=\s*(?P<least>[\w.]+)(\s*;\s*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"])?"
+    r"(?P<name>[\w.-]+)(\[[\w,-]+\])?\s*>=\s*(?P<least>[\w.]+)(\s*;\s*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"])?"
 )
 
 

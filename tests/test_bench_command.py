@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from typer.testing import CliRunner, Result
 
 from kandrt.runtime.miniature import MINIATURE
 from kandrt.scripts.bench.contenders import CONTENDERS
-from kandrt.scripts.bench.measure import Plan
-from kandrt.scripts.bench.results import Report, load, save
+from kandrt.scripts.bench.measure import INTERRUPT, Plan
+from kandrt.scripts.bench.results import Report, Skipped, load, save
 from kandrt.scripts.cli import app
 
 from .bench_reports import made_report
@@ -166,6 +167,15 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     found = run("-o", str(tmp_path / "a"))
     assert found.exit_code == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_writes_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = replace(made_report(), skipped=[Skipped("kandrt", INTERRUPT, "movq")])
+    monkeypatch.setattr("kandrt.scripts.bench.measure.measure", lambda *_: found)
+    result = run("-o", str(tmp_path / "a.json"))
+    assert result.exit_code == 130
+    assert result.stderr.endswith("interrupted\n")
+    assert load(tmp_path / "a.json") == found
 
 
 # Bad inputs: one line, before anything is measured

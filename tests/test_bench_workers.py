@@ -267,6 +267,17 @@ def test_ctrl_c_ends_the_workers(pids: list[int], at: str) -> None:
     assert all(map(gone, pids))
 
 
+def test_what_was_measured_before_an_interrupt_stays(pids: list[int]) -> None:
+    def interrupt(text: str) -> None:
+        if text.startswith("step") and text.endswith("round 2"):
+            raise KeyboardInterrupt
+
+    report = measure(plan(cases=("movq", "step", "prior")), interrupt)
+    assert [(m.case, len(m.samples)) for m in report.measurements] == [("movq", 2)]
+    assert [(each.case, each.why) for each in report.skipped] == [("step", "interrupted"), ("prior", "interrupted")]
+    assert all(map(gone, pids))
+
+
 def test_a_signal_from_the_terminal_reaches_the_harness_alone(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom pathlib import Path\nfrom kandrt.runtime.miniature import MINIATURE\n"

@@ -135,7 +135,12 @@ def command(
         threads=threads, pythons=pythons_of(python or []), baseline=baseline, quantized=quantized,
         scratch=folder_of(scratch), tradeoffs=PICTURES if tradeoffs else 0, reuse_bundle=reuse,
     )  # fmt: skip
-    finish(run(plan), targets, json=json, memory=memory)
+    from .measure import interrupted
+
+    report = run(plan)
+    finish(report, targets, json=json, memory=memory)
+    if interrupted(report.skipped):
+        raise KeyboardInterrupt
 
 
 # Measuring

@@ -24,6 +24,8 @@ from .pace import Deadline, warm_up_text
 from .results import BASELINE, SCHEMA, CaseRecord, Contestant, Measurement, Report, Skipped, Tradeoff
 from .sources import Part, Source, find_sources
 
+INTERRUPT = "interrupted"  # why a case was not measured
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -114,7 +116,7 @@ def measure(plan: Plan, report: Tell) -> Report:
         measurements=measurements,
         skipped=skipped,
         baseline=plan.baseline,
-        tradeoffs=measured_tradeoffs(plan, report),
+        tradeoffs=[] if interrupted(skipped) else measured_tradeoffs(plan, report),
         seconds=time.perf_counter() - start,
     )
 
@@ -174,7 +176,7 @@ def able(plan: Plan, manifest: Manifest, sources: Mapping[Part, Source]) -> tupl
 
 
 def measure_cases(plan: Plan, setup: Setup, until: Deadline, report: Tell) -> dict[Case, Outcome]:
-    """What came of each case."""
+    """What came of each case; an interrupt ends them, and what was measured until then stays."""
     outcomes: dict[Case, Outcome] = {}
 
     def known(contender: str, like: Case) -> float | None:
@@ -190,8 +192,20 @@ def measure_cases(plan: Plan, setup: Setup, until: Deadline, report: Tell) -> di
         arena = Arena(plan, setup.bundle, setup.sources, setup.threads, Path(scratch), report, probe)
         for i, case in enumerate(setup.cases):
             share = until.share(case.weight, sum(each.weight for each in setup.cases[i + 1 :]))
-            outcomes[case] = arena.measure_case(case, setup.contenders, share, known)
+            try:
+                outcomes[case] = arena.measure_case(case, setup.contenders, share, known)
+            except KeyboardInterrupt:
+                if not any(each.measurements for each in outcomes.values()):
+                    raise
+                left = setup.cases[i:]
+                outcomes |= {each: Outcome([], [Skipped(plan.baseline, INTERRUPT, each.name)], 0) for each in left}
+                break
     return outcomes
+
+
+def interrupted(skipped: Iterable[Skipped]) -> bool:
+    """Whether not all was measured because of an interrupt."""
+    return any(each.why == INTERRUPT for each in skipped)
 
 
 def told_clean(outcomes: Iterable[Outcome]) -> tuple[list[Measurement], float | None]:
