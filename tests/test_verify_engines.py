@@ -141,10 +141,13 @@ def attribute(name: str, key: str, value: float) -> Callable[[ir.Model], None]:
 
 
 def scaled_weight(name: str, factor: float) -> Callable[[ir.Model], None]:
-    """Scales the second input of a node, its weight."""
+    """Scales the second input of a node, its weight, which may be transposed before."""
 
     def change(model: ir.Model) -> None:
         value = node_of(model, name).inputs[1]
+        assert value is not None
+        transpose = value.producer()
+        value = value if transpose is None else transpose.inputs[0]
         assert value is not None
         assert value.const_value is not None
         value.const_value = ir.tensor(value.const_value.numpy() * np.float32(factor), name=value.name)
