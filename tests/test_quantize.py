@@ -157,8 +157,9 @@ def turned(bundle: Bundle, folder: Path) -> Bundle:
         graph = FileRecord(path.name, path.stat().st_size, sha256_file(path))
         components[component] = replace(components[component], graph=graph)
     file = FileRecord(record.file, (folder / record.file).stat().st_size, sha256_file(folder / record.file))
-    changed = {"components": components, "weights": {**bundle.manifest.weights, "decoder": file}}
-    (folder / MANIFEST).write_bytes(encode_manifest(replace(bundle.manifest, **changed)))
+    files = {**bundle.manifest.weights, "decoder": file}
+    manifest = replace(bundle.manifest, components=components, weights=files)
+    (folder / MANIFEST).write_bytes(encode_manifest(manifest))
     return open_bundle(folder)
 
 

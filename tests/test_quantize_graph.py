@@ -104,7 +104,7 @@ class Toy:
     def __init__(self, folder: Path, linear: str) -> None:
         rng = np.random.default_rng(0)
         self.folder, self.linear, self.flipped = folder, linear, linear == LINEAR[0]
-        self.arrays = {
+        self.arrays: dict[str, NDArray[Any]] = {
             "conv_in.weight": array(rng, 4, 4, 1, 1), "mid.conv.weight": array(rng, 6, 4, 3, 3),
             "mid.conv.bias": array(rng, 6), "mid.grouped.weight": array(rng, 6, 1, 3, 3),
             linear: array(rng, 6, 5).astype(np.float16), "time.weight": array(rng, 6, 6),
@@ -260,7 +260,7 @@ def test_a_weight_is_stored_in_8_bits_as_the_product_takes_it(toy: Toy) -> None:
     model = ir.load(toy.folder / "toy.onnx")
     layers = find_layers(model)
     Rewriter(model, {name: Grid(0.1, 128) for name in ("in", "conv", "tokens")}, toy.rounded(layers)).replace(layers)
-    (product,) = (node for node in model.graph if node.op_type == "MatMul" and node.name.endswith(INT8))
+    (product,) = (node for node in model.graph if node.op_type == "MatMul" and (node.name or "").endswith(INT8))
     assert product.inputs[1] is not None
     dequantize = product.inputs[1].producer()
     assert dequantize is not None
