@@ -29,8 +29,10 @@ DTYPES: Mapping[str, DType] = {
 # What a bundle's fp32 layers compute in. Those of an fp16 bundle are in fp16 already, which OpenVINO computes in fp32
 # under this hint; its own hint of f16 silently becomes bf16 on a CPU without fp16.
 HINTS: Mapping[Precision, str] = {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}
+FP32 = HINTS["fp32"]
 OWN = {"INFERENCE_PRECISION_HINT": "precision", "INFERENCE_NUM_THREADS": "threads"}  # what arguments set
 TELEMETRY = "openvino_telemetry"
+TIMESTEPS = "timesteps"  # the input of contexts that takes fp32
 
 
 @functools.cache
@@ -76,14 +78,17 @@ def open_session(request: Request) -> OpenVinoSession:
         raise InputError(f"{request.name}: option cache: expected 'on' or 'off', found {cache!r}")
     if cache == "on":
         options["CACHE_DIR"] = str(cache_folder(request, core_version()))
+    manifest = request.bundle.manifest
+    divided = manifest.prior is not None and request.name == manifest.prior.context
     return OpenVinoSession(
         request.name,
         request.graph,
         request.component,
-        request.computes,
+        request.precision if divided else request.computes,
         request.threads,
         options,
-        per_size=request.name in autoencoders(request.bundle.manifest),
+        exact=TIMESTEPS if divided else None,
+        per_size=request.name in autoencoders(manifest),
         weights=request.weights,
     )
 
@@ -127,12 +132,14 @@ class OpenVinoSession(ComponentSession):
         threads: int | None = None,
         options: Mapping[str, str] | None = None,
         *,
+        exact: str | None = None,
         per_size: bool = False,
         weights: Sequence[Path] = (),
     ) -> None:
         """Open `graph`, with `threads` of the CPU or as many as it has cores, and further properties of OpenVINO's.
 
         `precision` is what the layers compute in that the graph has in fp32; where there are none it changes nothing.
+        exact: an input for which that is too coarse; what depends on it is computed in fp32, as a graph of its own.
         per_size: compile the graph anew for each size of input, when it is called, rather than once for all: then
         OpenVINO lays out one plan of memory for all intermediate results, and takes a third less. `weights` are the
         files that the graph reads: once a size has run and OpenVINO has its own copies, they leave memory again.
@@ -143,8 +150,8 @@ class OpenVinoSession(ComponentSession):
         super().__init__(name, component)
         probe("openvino", "cpu")
         self._graph, self._hint, self._lock = graph, HINTS[precision], Lock()
+        self._exact = exact if self._hint != FP32 else None
         self._settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": self._hint,  # left out, it is bf16 on every CPU that has it
             "PERFORMANCE_HINT": "LATENCY",
             # Pinned, two processes of few threads would share the first cores and leave the others idle.
             "ENABLE_CPU_PINNING": False,
@@ -161,11 +168,19 @@ class OpenVinoSession(ComponentSession):
     def _read(self) -> Any:
         return self._or_fail(lambda: core().read_model(str(self._graph)))
 
-    def _compile(self, model: Any) -> Any:
-        compiled = self._or_fail(lambda: core().compile_model(model, "CPU", self._settings))
+    def _compile(self, model: Any) -> list[Any]:
+        """The compiled graph, or what it is divided into."""
+        if self._exact is None:
+            return [self._compile_in(self._hint, model)]
+        dependent, others = divided(model, self._exact)
+        return [self._compile_in(FP32, dependent), self._compile_in(self._hint, others)]
+
+    def _compile_in(self, hint: str, model: Any) -> Any:
+        settings = {"INFERENCE_PRECISION_HINT": hint, **self._settings}  # left out, it is bf16 on every CPU that has it
+        compiled = self._or_fail(lambda: core().compile_model(model, "CPU", settings))
         found = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        if found != self._hint:
-            raise BackendError(f"{self.name}: asked openvino for {self._hint}, it computes in {found}")
+        if found != hint:
+            raise BackendError(f"{self.name}: asked openvino for {hint}, it computes in {found}")
         return compiled
 
     def _or_fail(self, action: Callable[[], Any]) -> Any:
@@ -185,8 +200,12 @@ class OpenVinoSession(ComponentSession):
             new = self._reshape({name: list(array.shape) for name, array in arrays.items()})
             compiled = self._ready(new)
             self._compiled = None
-            results = compiled.create_infer_request().infer(dict(arrays), share_inputs=True, share_outputs=False)
-            outputs = {spec.name: results[spec.name] for spec in self.outputs}
+            results = [
+                each.create_infer_request().infer(dict(arrays), share_inputs=True, share_outputs=False)
+                for each in compiled
+            ]
+            found = {port.any_name: array for part in results for port, array in part.items()}
+            outputs = {spec.name: found[spec.name] for spec in self.outputs}
             problems = [p for spec in specs(self._session.outputs) for p in disagreement(spec, outputs[spec.name], {})]
             if problems:
                 raise RuntimeError("; ".join(problems))
@@ -217,6 +236,23 @@ class OpenVinoSession(ComponentSession):
         """Free the graph's memory; calling it again does nothing."""
         super().close()
         self._compiled = None
+
+
+def divided(model: Any, name: str) -> tuple[Any, Any]:
+    """What gives the outputs that depend on an input, and what gives the others; both take all inputs."""
+    reached: set[str] = set()
+    (start,) = (port for port in model.inputs if port.any_name == name)
+    waiting = [start.get_node()]
+    while waiting:
+        node = waiting.pop()
+        if node.get_name() not in reached:
+            reached.add(node.get_name())
+            waiting += [target.get_node() for port in node.outputs() for target in port.get_target_inputs()]
+    results = model.get_results()
+    dependent = [result for result in results if result.get_name() in reached]
+    others = [result for result in results if result.get_name() not in reached]
+    make = import_quietly().Model
+    return make(dependent, model.get_parameters()), make(others, model.get_parameters())
 
 
 def specs(ports: Sequence[Any]) -> list[TensorSpec]:

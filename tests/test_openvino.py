@@ -99,7 +99,8 @@ def relative(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, float
 
 def computed_in(session: Session) -> set[str]:
     """The types that the layers that take the time really run in, as the compiled graph tells."""
-    nodes = [node.get_rt_info() for node in session._compiled.get_runtime_model().get_ops()]  # type: ignore[attr-defined]
+    parts = session._compiled  # type: ignore[attr-defined]
+    nodes = [node.get_rt_info() for part in parts for node in part.get_runtime_model().get_ops()]
     found = {str(n["runtimePrecision"].value) for n in nodes if "layerType" in n and n["layerType"].value in HEAVY}
     assert found, "no layer has a type: OpenVINO tells it in another way"
     return found
@@ -185,18 +186,24 @@ def test_bf16_is_what_was_asked_for(name: str, opened: Bundle) -> None:
 
 
 @needs_bf16
-@pytest.mark.parametrize("name", ["prior_context", "decoder_context"])
-def test_contexts_stay_in_fp32(name: str, opened: Bundle) -> None:
-    """In bf16 their embeddings of timesteps would be 10 to 30 % off."""
+@pytest.mark.parametrize(
+    ("name", "computed", "rounded"),
+    [("prior_context", {"f32", "bf16"}, {"prefix_kv"}), ("decoder_context", {"f32"}, set())],
+)
+def test_contexts_embed_timesteps_in_fp32(name: str, computed: set[str], rounded: set[str], opened: Bundle) -> None:
+    """In bf16 their embeddings would be 10 to 30 % off; the prior's transformer is not what embeds them."""
     assert name in contexts(opened.manifest)
     options: dict[str, Any] = {"backend": "openvino", "device": "cpu", "threads": 1}
     with (
         closing(open_component(opened, name, **options)) as reference,
         closing(open_component(opened, name, precision="bf16", **options)) as session,
     ):
-        assert computed_in(session) == {"f32"}
         inputs = arrays(session.inputs, SIZES[1])
-        assert max(relative(session(**inputs), reference(**inputs)).values()) == 0
+        for _ in range(2):
+            errors = relative(session(**inputs), reference(**inputs))
+            assert {each for each, error in errors.items() if error > 0} == rounded, errors
+            assert all(BF16[0] <= errors[each] <= BF16[1] for each in rounded), errors
+        assert computed_in(session) >= computed
 
 
 def test_contexts_are_all_that_take_timesteps(opened: Bundle) -> None:
@@ -402,12 +409,12 @@ def test_a_failed_graph_is_compiled_anew(silent: bool, session: Session, monkeyp
     """Whether it says that it failed, or gives an array of another size."""
     inputs, other = (arrays(session.inputs, {"batch": batch}) for batch in (2, 3))
     expected = session(**inputs)["prediction"]
-    compiled = session._compiled  # type: ignore[attr-defined]
+    (compiled,) = session._compiled  # type: ignore[attr-defined]
 
     class Request:
-        def infer(self, *_: Any, **__: Any) -> dict[str, Any]:
+        def infer(self, *_: Any, **__: Any) -> dict[Any, Any]:
             if silent:
-                return {"prediction": np.zeros((0, 32), np.float32)}
+                return {compiled.output("prediction"): np.zeros((0, 32), np.float32)}
             raise MemoryError("no memory")
 
     monkeypatch.setattr(compiled, "create_infer_request", Request)
@@ -416,7 +423,7 @@ def test_a_failed_graph_is_compiled_anew(silent: bool, session: Session, monkeyp
         session(**inputs)
     np.testing.assert_array_equal(session(**inputs)["prediction"], expected)
     assert session(**other)["prediction"].shape == (3, 32)
-    assert session._compiled not in (None, compiled)  # type: ignore[attr-defined]
+    assert session._compiled not in (None, [compiled])  # type: ignore[attr-defined]
 
 
 def test_wrong_arrays_and_closed_sessions_are_refused(session: Session) -> None:
