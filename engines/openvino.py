@@ -78,17 +78,15 @@ def open_session(request: Request) -> OpenVinoSession:
         raise InputError(f"{request.name}: option cache: expected 'on' or 'off', found {cache!r}")
     if cache == "on":
         options["CACHE_DIR"] = str(cache_folder(request, core_version()))
-    manifest = request.bundle.manifest
-    divided = manifest.prior is not None and request.name == manifest.prior.context
     return OpenVinoSession(
         request.name,
         request.graph,
         request.component,
-        request.precision if divided else request.computes,
+        request.computes,
         request.threads,
         options,
-        exact=TIMESTEPS if divided else None,
-        per_size=request.name in autoencoders(manifest),
+        exact=TIMESTEPS if request.divided else None,
+        per_size=request.name in autoencoders(request.bundle.manifest),
         weights=request.weights,
     )
 
@@ -200,12 +198,11 @@ class OpenVinoSession(ComponentSession):
             new = self._reshape({name: list(array.shape) for name, array in arrays.items()})
             compiled = self._ready(new)
             self._compiled = None
-            results = [
-                each.create_infer_request().infer(dict(arrays), share_inputs=True, share_outputs=False)
-                for each in compiled
-            ]
-            found = {port.any_name: array for part in results for port, array in part.items()}
-            outputs = {spec.name: found[spec.name] for spec in self.outputs}
+            outputs: dict[str, Array] = {}
+            for part in compiled:
+                results = part.create_infer_request().infer(dict(arrays), share_inputs=True, share_outputs=False)
+                names = {name for port in part.outputs for name in port.names}
+                outputs |= {spec.name: results[spec.name] for spec in self.outputs if spec.name in names}
             problems = [p for spec in specs(self._session.outputs) for p in disagreement(spec, outputs[spec.name], {})]
             if problems:
                 raise RuntimeError("; ".join(problems))
@@ -241,7 +238,7 @@ class OpenVinoSession(ComponentSession):
 def divided(model: Any, name: str) -> tuple[Any, Any]:
     """What gives the outputs that depend on an input, and what gives the others; both take all inputs."""
     reached: set[str] = set()
-    (start,) = (port for port in model.inputs if port.any_name == name)
+    (start,) = (port for port in model.inputs if name in port.names)
     waiting = [start.get_node()]
     while waiting:
         node = waiting.pop()

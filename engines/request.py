@@ -44,14 +44,23 @@ class Request:
 
     @property
     def computes(self) -> Precision:
-        """What the component's fp32 layers are to compute in."""
-        return "fp32" if self.name in contexts(self.bundle.manifest) else self.precision
+        """What the component's fp32 layers are to compute in, those apart that `divided` says."""
+        return "fp32" if self.name in contexts(self.bundle.manifest) and not self.divided else self.precision
+
+    @property
+    def divided(self) -> bool:
+        """Whether what depends on timesteps is in fp32 and the rest in the precision asked for.
+
+        Of the prior's context the rest is a whole transformer; only OpenVINO's backend can divide it.
+        """
+        prior = self.bundle.manifest.prior
+        return self.backend == "openvino" and prior is not None and self.name == prior.context
 
 
 def contexts(manifest: Manifest) -> frozenset[str]:
     """The components that run once a request and embed timesteps, which takes fp32: see docs/bundle.md.
 
-    Whatever precision is asked for, their fp32 layers stay in fp32.
+    Whatever precision is asked for, their fp32 layers stay in fp32, or those that depend on timesteps do.
     """
     names = {record.context for record in manifest.decoders.values()}
     return frozenset(names if manifest.prior is None else names | {manifest.prior.context})

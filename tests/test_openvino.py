@@ -412,9 +412,9 @@ def test_a_failed_graph_is_compiled_anew(silent: bool, session: Session, monkeyp
     (compiled,) = session._compiled  # type: ignore[attr-defined]
 
     class Request:
-        def infer(self, *_: Any, **__: Any) -> dict[Any, Any]:
+        def infer(self, *_: Any, **__: Any) -> dict[str, Any]:
             if silent:
-                return {compiled.output("prediction"): np.zeros((0, 32), np.float32)}
+                return {"prediction": np.zeros((0, 32), np.float32)}
             raise MemoryError("no memory")
 
     monkeypatch.setattr(compiled, "create_infer_request", Request)
