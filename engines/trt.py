@@ -151,18 +151,14 @@ def resolve_gpu(builder: Builder, name: str) -> str:
     return capability
 
 
-def check_gpu(builder: Builder) -> str:
-    """The compute capability of the GPU of this machine, as `capability` says it.
-
-    Raises what `capability` raises, and BackendError where the builder's engines do not run on such a GPU.
-    """
+def check_gpu(builder: Builder) -> None:
+    """Raise BackendError where the builder's engines do not run on this machine's GPU, and what `capability` raises."""
     gpu, architectures = capability(), PACKAGES[builder].architectures
     if architectures and gpu not in architectures and number(gpu) < number(architectures[-1]):
         raise BackendError(
             f"backend {builder!r} does not run on this GPU, which is {gpu}; "
             f"it runs on {', '.join(architectures)} and later; use backend 'tensorrt' or 'onnxruntime'"
         )
-    return gpu
 
 
 def number(capability: str) -> int:
