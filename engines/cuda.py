@@ -1,4 +1,4 @@
-"""Memory, streams and CUDA graphs of a GPU: what `trt_session` needs of a CUDA library, and CuPy's.
+"""Memory, streams and CUDA graphs of a GPU: what sessions need of a CUDA library, and CuPy's.
 
 Which work comes after which: TensorRT asks for a stream other than the default one, and activation memory is shared,
 so all sessions of a process run on one stream. What happens to arrays between two calls runs on CuPy's current stream
@@ -16,6 +16,7 @@ Graphs are captured on a stream of their own: on the shared one, work of other t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from threading import RLock
@@ -42,6 +43,11 @@ class Device(Protocol):
         """Handle of the stream that all sessions of the process run on."""
         ...
 
+    @property
+    def index(self) -> int:
+        """Number of the GPU, 0 for the first."""
+        ...
+
     def to_device(self, array: Array) -> Array:
         """An array of the device, contiguous in C order: `array` itself, or a copy that the host does not wait for.
 
@@ -51,6 +57,10 @@ class Device(Protocol):
 
     def empty(self, shape: Sequence[int], dtype: DType) -> Array:
         """A new array, its values undefined; MemoryError where there is no room."""
+        ...
+
+    def view(self, address: int, shape: Sequence[int], dtype: DType, owner: object) -> Array:
+        """An array of memory that another library allocated on the device; it keeps `owner` for as long as it lives."""
         ...
 
     def address(self, array: Array) -> int:
@@ -136,6 +146,7 @@ class CupyDevice:
         import cupy  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
         self._cupy: Any = cupy
+        self._index = int(cupy.cuda.Device().id)
         # non_blocking: the default stream's implicit waiting would end in errors while another thread captures
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._capturing = cupy.cuda.Stream(non_blocking=True)
@@ -148,6 +159,11 @@ class CupyDevice:
     def stream(self) -> int:
         """See Device."""
         return int(self._stream.ptr)
+
+    @property
+    def index(self) -> int:
+        """See Device."""
+        return self._index
 
     def to_device(self, array: Array) -> Array:
         """See Device."""
@@ -163,6 +179,12 @@ class CupyDevice:
     def empty(self, shape: Sequence[int], dtype: DType) -> Array:
         """See Device."""
         return self._cupy.empty(tuple(shape), dtype)
+
+    def view(self, address: int, shape: Sequence[int], dtype: DType, owner: object) -> Array:
+        """See Device."""
+        cupy = self._cupy
+        memory = cupy.cuda.UnownedMemory(address, math.prod(shape) * cupy.dtype(dtype).itemsize, owner)
+        return cupy.ndarray(tuple(shape), dtype, cupy.cuda.MemoryPointer(memory, 0))
 
     def address(self, array: Array) -> int:
         """See Device."""

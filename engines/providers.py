@@ -25,6 +25,7 @@ from .caches import cache_folder
 from .errors import BackendError, InputError, MissingExtraError
 from .manifest import Precision
 from .openvino import HINTS, OWN
+from .prepacked import cpu
 from .request import Request
 from .trt import capability
 
@@ -40,8 +41,9 @@ class Provider:
     name is ONNX Runtime's. memory says where arrays lie: NumPy's on the host, or CuPy's on a CUDA device. kernels are
     the precisions it computes in. plugin is the package that holds it, None where the build of onnxruntime does;
     libraries is a package that loads what the provider links to. settings gives its options for a request, and cache
-    those that keep what it compiles in a folder; cached says whether it does so unasked. absent says why a device may
-    be missing.
+    those that keep what it compiles in a folder; cached says whether it does so unasked. prepacks: kandrt keeps graphs
+    as the provider runs them. graphs is the option that has ONNX Runtime capture CUDA graphs. absent says why a device
+    may be missing.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Provider:
     settings: Callable[[Request, Settings], Settings] = lambda request, cache: cache  # noqa: ARG005
     cache: Callable[[Path], Settings] | None = None
     cached: bool = False
+    prepacks: bool = False
+    graphs: str | None = None
     absent: str = ""
     takes_options: bool = True
 
@@ -99,9 +103,12 @@ PROVIDERS: Mapping[tuple[str, str], Provider] = {
         "CPUExecutionProvider",
         "host",
         frozenset({"fp32", "fp16"}),
+        prepacks=True,
         takes_options=False,  # fp16 is in fp32
     ),
-    ("onnxruntime", "cuda"): Provider("CUDAExecutionProvider", "cuda", ALL, settings=cuda_settings),
+    ("onnxruntime", "cuda"): Provider(
+        "CUDAExecutionProvider", "cuda", ALL, settings=cuda_settings, graphs="enable_cuda_graph"
+    ),
     ("onnxruntime-tensorrt", "cuda"): Provider(
         "TensorrtExecutionProvider",
         "cuda",
@@ -280,16 +287,27 @@ def cache_settings(request: Request, asked: str | None) -> Settings:
     if asked not in (None, "on", "off"):
         raise InputError(f"{request.name}: option {CACHE_OPTION!r}: expected 'on' or 'off', found {asked!r}")
     if provider.cache is None:
-        if asked == "on":
+        if asked == "on" and not provider.prepacks:
             raise InputError(f"{request.name}: {provider.name} has no cache")
         return {}
     if asked == "off" or (asked is None and not provider.cached):
         return {}
-    packages = dict.fromkeys((provider.package, "onnxruntime"))
-    versions = "-".join(installed(package) or import_quietly().__version__ for package in packages)
-    folder = cache_folder(request, versions)
+    folder = versioned_folder(request)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return {}
     return provider.cache(folder) if os.access(folder, os.W_OK) else {}
+
+
+def graph_cache(request: Request, asked: str | None) -> Path | None:
+    """Where a graph is kept as the CPU runs it, if that is asked for; `asked` as `cache_settings` takes it."""
+    prepacks = PROVIDERS[request.backend, request.device].prepacks
+    return versioned_folder(request, cpu()) if prepacks and asked == "on" else None
+
+
+def versioned_folder(request: Request, *more: str) -> Path:
+    """The folder of a component in the bundle's caches, for the versions of the provider and of ONNX Runtime."""
+    packages = dict.fromkeys((PROVIDERS[request.backend, request.device].package, "onnxruntime"))
+    versions = [installed(package) or import_quietly().__version__ for package in packages]
+    return cache_folder(request, "-".join([*versions, *more]))

@@ -72,3 +72,9 @@ def autoencoders(manifest: Manifest) -> frozenset[str]:
     """
     records = manifest.decoders.values()
     return frozenset(name for record in records for name in (record.movq_encoder, record.movq_decoder))
+
+
+def text_encoders(manifest: Manifest) -> frozenset[str]:
+    """The components that read prompts; they run once a request."""
+    names = {record.prompt.encoder for record in manifest.decoders.values() if record.prompt is not None}
+    return frozenset(names if manifest.prior is None else names | {manifest.prior.text_encoder})

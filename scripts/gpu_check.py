@@ -185,10 +185,10 @@ def checks_of(bundle: Path, steps: int) -> list[Check]:
         checks.append(Check(f"{bundle.name}: verify {backend}", verify, as_json=True, only=backend))
         if not paints_prompts(manifest):
             continue
-        for graph in ("true", "false") if backend in BUILDERS else ("auto",):
+        for graph in ("true", "false"):
             measure = [sys.executable, "-m", "kandrt.scripts.gpu_check", path, "--measure", backend,
                        "--side", str(side), "--steps", str(steps), "--cuda-graph", graph]  # fmt: skip
-            name = f"{bundle.name}: speed of {backend}" + (f", cuda_graph={graph}" if graph != "auto" else "")
+            name = f"{bundle.name}: speed of {backend}, cuda_graph={graph}"
             checks.append(Check(name, measure, as_json=True, only=backend))
     return checks
 

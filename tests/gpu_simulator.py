@@ -10,6 +10,7 @@ memory that was given back, waiting or allocating while a graph is captured. `co
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -51,11 +52,20 @@ class Lease:
         self.gpu.pool.setdefault((self.stream, self.block.size), []).append(self.block)
 
 
+class Borrowed:
+    """Memory that a library lent, with what keeps it from giving it to others."""
+
+    def __init__(self, block: Block, owner: object) -> None:
+        self.block, self.owner = block, owner
+
+
 class Gpu:
     """The device, a `kandrt.engines.cuda.Device`."""
 
+    index = 0
+
     def __init__(self, total: int = 2**30) -> None:
-        self.lock = threading.RLock()
+        self.lock, self._books = threading.RLock(), threading.RLock()
         self.activations = Activations(self)
         self.counts: Counter[str] = Counter()
         self.total, self.used = total, 0
@@ -86,7 +96,7 @@ class Gpu:
 
     def work(self, stream: int, reads: Sequence[Block], writes: Sequence[Block]) -> None:
         """Note work on a stream; GpuError unless all earlier work on what it touches is promised to be done."""
-        with self.lock:
+        with self._books:
             clock = self._clocks.setdefault(stream, {})
             merge(clock, self._host)
             for blocks, earlier in ((reads, ("writes",)), (writes, ("writes", "reads"))):
@@ -105,7 +115,7 @@ class Gpu:
 
     def join(self, later: int, earlier: int) -> None:
         """Work on one stream comes after what was queued on another so far: an event recorded and waited for."""
-        with self.lock:
+        with self._books:
             merge(self._clocks.setdefault(later, {}), self._clocks.setdefault(earlier, {}))
 
     @contextmanager
@@ -120,7 +130,7 @@ class Gpu:
         """The host waits for a stream."""
         self._forbid("waiting")
         self.counts["waits"] += 1
-        with self.lock:
+        with self._books:
             merge(self._host, self._clocks.setdefault(stream, {}))
 
     def synchronize(self) -> None:
@@ -164,7 +174,7 @@ class Gpu:
     def lease(self, size: int) -> Lease:
         """Memory for an array: a block that was given back on the same stream, or a new one."""
         rounded = -(-max(size, 1) // 512) * 512
-        with self.lock:
+        with self._books:
             kept = self.pool.get((self.current, rounded))
             block = kept.pop() if kept else self._new(rounded)
             block.live = True
@@ -210,6 +220,10 @@ class Gpu:
             return self.upload(array)
         return array if array.view.flags.c_contiguous else array.copy()
 
+    def view(self, address: int, shape: Sequence[int], dtype: Any, owner: object) -> DeviceArray:
+        block, data = self.at(address, math.prod(shape) * np.dtype(dtype).itemsize)
+        return DeviceArray(self, Borrowed(block, owner), data.view(dtype).reshape(tuple(shape)))
+
     def address(self, array: DeviceArray) -> int:
         return array.address
 
@@ -253,7 +267,7 @@ def merge(clock: dict[int, int], other: dict[int, int]) -> None:
 class DeviceArray:
     """An array of the device: it computes there, and is of the host only by `get()`, which waits."""
 
-    def __init__(self, gpu: Gpu, lease: Lease, view: Any) -> None:
+    def __init__(self, gpu: Gpu, lease: Lease | Borrowed, view: Any) -> None:
         self.gpu, self.lease, self.view = gpu, lease, view
 
     block = property(lambda self: self.lease.block)

@@ -20,7 +20,7 @@ from kandrt.scripts.bench.measure import Plan, measure, prepare, told_clean
 from kandrt.scripts.bench.pace import LEAST_STEPS, Deadline, affordable_steps, warm_up_steps, warm_up_text
 from kandrt.scripts.bench.results import DeviceUse, Measurement, Residence
 from kandrt.scripts.bench.session import NO_KANDRT, Worker
-from kandrt.scripts.bench.worker import Job, Reply, Request, run, run_on_device, with_steps
+from kandrt.scripts.bench.worker import Job, Reply, Request, Server, run, run_on_device, with_steps
 
 MANIFEST = open_bundle(MINIATURE).manifest
 
@@ -197,6 +197,16 @@ def test_a_gpu_is_timed_without_its_host() -> None:
     assert timed.device_seconds == pytest.approx(0.05)  # ten launches of 5 ms, the first not waited for
     assert timed.device_memory == 200
     assert run_on_device(Launches(times_device=False)).device_seconds is None
+
+
+def test_memory_that_another_process_took_meanwhile_is_not_ones_own() -> None:
+    server, subject = Server("kandrt"), Launches()
+    server._subject, server._case = subject, subject.case
+    found = []
+    for _ in range(3):
+        found.append(server.answer(Request("run")).device_memory)
+        subject.gpu.taken += 300
+    assert found == [100, 200, 300]
 
 
 def test_what_is_not_the_gpus_is_the_hosts() -> None:

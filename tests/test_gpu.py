@@ -134,7 +134,7 @@ def psnr(found: Any, expected: Any) -> float:
 def test_every_component_gives_what_the_cpu_gives(opened: Bundle, backend: str) -> None:
     for name in opened.manifest.components:
         ort, gpu = reference(opened, name), gpu_session(opened, name, backend)
-        for seed in range(4):  # of fixed shapes: eager, captured, replayed twice
+        for seed in range(4):  # of fixed shapes: TensorRT runs eagerly, captures, and replays twice
             inputs = arrays(ort.inputs, seed, **fits(name))
             assert error(gpu(**inputs), ort(**inputs)) < TOLERANCE[backend], (name, seed)
         gpu.close()
@@ -166,21 +166,25 @@ def test_a_whole_request(precision: str, backend: str, gpu_bundle: Path, gpu_bun
     with_engines(folder, backend)
     request: dict[str, Any] = {"height": 64, "width": 128, "steps": 6, "prior_steps": 4, "seed": 3}
     with load(folder, backend=backend, device="cuda") as k, load(folder, backend="onnxruntime", device="cpu") as cpu:
-        pictures = [k("a red circle", **request).array for _ in range(2)]
+        first, *pictures = [k("a red circle", **request).array for _ in range(3)]
         expected = cpu("a red circle", **request).array
     np.testing.assert_array_equal(*pictures)  # a seed repeats its picture
-    assert psnr(pictures[0], expected) >= MIN_PSNR[precision]
+    # The first request encodes the empty prompt in one batch with its own, later ones keep it: sums in other orders.
+    assert psnr(first, pictures[0]) >= 60
+    assert psnr(first, expected) >= MIN_PSNR[precision]
 
 
-def test_graphs_give_what_runs_without_them_give(builder: Builder, opened: Bundle) -> None:
-    """To the last bit: a graph runs the same kernels."""
+def test_graphs_give_what_runs_without_them_give(backend: str, opened: Bundle) -> None:
+    """To the last bit under TensorRT; ONNX Runtime's libraries may choose other kernels while they are captured."""
     with_graph, without = (
-        gpu_session(opened, "decoder_step", builder, cuda_graph=value) for value in ("true", "false")
+        gpu_session(opened, "decoder_step", backend, cuda_graph=value) for value in ("true", "false")
     )
     for seed in range(4):
         inputs = arrays(without.inputs, seed)
-        found, expected = with_graph(**inputs)["prediction"], without(**inputs)["prediction"]
-        np.testing.assert_array_equal(to_host(found), to_host(expected))
+        found, expected = (to_host(session(**inputs)["prediction"]) for session in (with_graph, without))
+        if backend in BUILDERS:
+            np.testing.assert_array_equal(found, expected)
+        assert error({"prediction": found}, {"prediction": expected.astype(np.float64)}) < 1e-5
     with_graph.close()
     without.close()
 

@@ -258,6 +258,9 @@ def test_caches_are_kept_in_the_bundle(
     assert cache_settings(request, "off") == {}
     if not names:
         assert cache_settings(request, None) == {}
+        if PROVIDERS[backend, device].prepacks:  # kept by kandrt: see test_prepacked.py
+            assert cache_settings(request, "on") == {}
+            return
         with pytest.raises(InputError, match=f"prior_step: {PROVIDERS[backend, device].name} has no cache"):
             cache_settings(request, "on")
         return

@@ -61,6 +61,7 @@ class Contender:
         return "int8" if self.int8 else self.computes_in(manifest)
 
 
+OPTION = "option."  # what names of a backend's options begin with among a worker's settings
 TORCH = ("torch", "diffusers", "transformers")
 
 
@@ -72,9 +73,11 @@ def kandrt(
     device: str = "cpu",
     needs: tuple[str, ...] = (),
     int8: bool = False,
+    **options: str,
 ) -> Contender:
-    """kandrt with one of its backends."""
+    """kandrt with one of its backends; options are the backend's."""
     settings = {"backend": backend, "device": device} | ({} if precision is None else {"precision": precision})
+    settings |= {f"{OPTION}{name}": text for name, text in options.items()}
     return Contender(name, title, "kandrt", settings, precision, needs or (backend,), int8=int8)
 
 
@@ -87,6 +90,7 @@ CONTENDERS: Mapping[str, Contender] = {
     contender.name: contender
     for contender in (
         kandrt(BASELINE, "kandrt, ONNX Runtime", "onnxruntime"),
+        kandrt("kandrt-cached", "kandrt, ONNX Runtime, graphs kept", "onnxruntime", cache="on"),
         kandrt("kandrt-openvino", "kandrt, OpenVINO", "openvino"),
         kandrt("kandrt-openvino-bf16", "kandrt, OpenVINO, bf16", "openvino", "bf16"),
         kandrt("kandrt-int8", "kandrt, ONNX Runtime, int8 and fp32", "onnxruntime", int8=True),

@@ -46,7 +46,7 @@ class DeviceClock:
     def __init__(self, events: Events) -> None:
         """What is taken of the memory counts from here on."""
         self._events, self._first = events, events.mark()
-        self._free = events.free()
+        self._free, self._taken = events.free(), 0
 
     def wait(self) -> None:
         """Until all that was queued is done."""
@@ -62,9 +62,18 @@ class DeviceClock:
         """The run is over: seconds in which the GPU worked on it."""
         return self._events.seconds(self._first, self._events.mark())
 
+    def resume(self) -> None:
+        """This process works again: what others took of the memory while it rested is not its own."""
+        self._free = self._events.free()
+
     def memory(self) -> int:
-        """Bytes of the GPU's memory that were taken since this was made; other processes are to rest meanwhile."""
-        return max(0, self._free - self._events.free())
+        """Bytes of the GPU's memory that this process took since this was made, while it worked.
+
+        Others are to rest meanwhile; CUDA tells of all processes together alone.
+        """
+        before, self._free = self._free, self._events.free()
+        self._taken += before - self._free
+        return max(0, self._taken)
 
 
 class TorchEvents:

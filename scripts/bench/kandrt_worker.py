@@ -20,6 +20,7 @@ from ...runtime.images import to_array
 from ...runtime.pipeline import Kandinsky
 from ...runtime.transfer import to_host
 from .cases import Inputs, SeededNoise, components_of
+from .contenders import OPTION
 from .device_clock import CupyEvents, DeviceClock
 from .worker import Job, Subject
 
@@ -47,6 +48,9 @@ class KandrtSubject:
     def open(self, inputs: Inputs) -> None:
         """Open the components that the case runs, and work out a step's context."""
         settings: dict[str, Any] = {"threads": self._job.threads, **self._job.settings}
+        settings["options"] = {
+            name.removeprefix(OPTION): settings.pop(name) for name in list(settings) if name.startswith(OPTION)
+        }
         self._inputs, bundle = inputs, open_bundle(Path(self._job.bundle))
         self._components = Components(bundle, **settings)
         if self.case.runs_decoder and self.clock is None and settings.get("memory") != "stage":

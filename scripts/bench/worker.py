@@ -125,6 +125,8 @@ class Server:
                 return self._open(request.job)
             if request.do in ("run", "device") and self._subject is not None and self._case is not None:
                 self._subject.case = with_steps(self._case, request)
+                if self._subject.clock is not None:
+                    self._subject.clock.resume()
                 return run_on_device(self._subject) if request.do == "device" else run(self._subject)
             if request.do == "result" and request.to and self._subject is not None:
                 with atomic_write(Path(request.to)) as file:
@@ -144,7 +146,10 @@ class Server:
             inputs = {name: arrays[name] for name in arrays.files}
         subject.open(inputs)
         self._subject, self._case = subject, job.case
-        return Reply(ok=True, seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        if subject.clock is not None:
+            subject.clock.memory()  # others take some before this one works again
+        return Reply(ok=True, seconds=seconds)
 
 
 def with_steps(case: Case, request: Request) -> Case:
