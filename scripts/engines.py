@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..engines.bundle import Bundle
+    from ..engines.caches import Cache
     from ..engines.plans import PlanRecord
     from ..engines.profiles import Profile
     from ..engines.store import Damaged
@@ -51,15 +52,18 @@ class Engines:
 
 
 def list_engines(bundle: BundleArgument, json: Json = False) -> None:
-    """Show the engines of a bundle, and whether each can be used on this machine."""
+    """Show the engines of a bundle, whether each can be used on this machine, and what backends keep of it."""
     from ..engines.bundle import open_bundle
+    from ..engines.caches import caches
 
     opened = open_bundle(bundle)
     engines = engines_of(opened)
+    kept = caches(opened)
     if json:
-        print_json({"bundle": str(bundle), **asdict(engines)})
+        print_json({"bundle": str(bundle), **asdict(engines), "caches": [as_row(each) for each in kept]})
     else:
         show(engines, bundle)
+        show_caches(kept)
 
 
 def prune(
@@ -68,11 +72,12 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Remove engines that no longer fit the bundle or the installed builder, and what broken builds left.
+    """Remove engines and caches that no longer fit the bundle or the installed builder, and what broken builds left.
 
-    An engine for a GPU that this machine does not have is kept.
+    An engine for a GPU that this machine does not have is kept. With --all, what `cache=on` keeps goes too.
     """
     from ..engines.bundle import open_bundle
+    from ..engines.caches import caches, remove
     from ..engines.store import EngineStore, stem_of
 
     opened = open_bundle(bundle)
@@ -89,6 +94,12 @@ def prune(
         else store.remove(stem, finished=stem not in kept, sound=stem in certain)
         for stem in removed
     )
+    for cache in caches(opened):
+        if everything or cache.problem:
+            removed[str(cache.folder.relative_to(opened.folder))] = [cache.problem or "--all"]
+            freed += cache.size
+            if not dry_run:
+                remove(cache)
     if json:
         print_json({"bundle": str(bundle), "removed": removed, "bytes": freed, "dry_run": dry_run})
         return
@@ -146,6 +157,21 @@ def show(engines: Engines, bundle: Path) -> None:
     if engines.damaged or any(each.stale for each in engines.found):
         prune_it = command_line("kandrt", "engines", "prune", folder)
         out.print(f"remove what is of no use with: {prune_it}", markup=False, soft_wrap=True)
+
+
+def show_caches(kept: Sequence[Cache]) -> None:
+    """Print what backends keep, where there is any."""
+    if not kept:
+        return
+    made = table("kept", "by", ">size", "state")
+    for each in kept:
+        made.add_row(each.component, each.backend, size_text(each.size), f"[red]{each.problem}[/]")
+    stdout().print(made)
+
+
+def as_row(cache: Cache) -> dict[str, str | int]:
+    """What is kept of a component, for programs."""
+    return {**asdict(cache), "folder": str(cache.folder)}
 
 
 def engine_table(engines: Engines) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from kandrt.engines import ort, prepacked
 from kandrt.engines.backends import open_component
@@ -18,6 +21,7 @@ from kandrt.engines.bundle import Bundle, open_bundle
 from kandrt.engines.prepacked import GRAPH, WEIGHTS, keep, kept
 from kandrt.runtime import load
 from kandrt.runtime.miniature import MINIATURE
+from kandrt.scripts.cli import app
 
 from .session_inputs import arrays, fits
 
@@ -164,3 +168,30 @@ def test_weights_that_are_stored_in_fp16_and_whole_requests(tmp_path: Path) -> N
             pictures.append(k("a red circle", **request).array)
     for picture in pictures[1:]:
         np.testing.assert_array_equal(picture, pictures[0])
+
+
+def test_what_is_kept_is_listed_and_removed(own: Bundle) -> None:
+    outputs(own, cache="on")
+    (folder,) = folders(own)
+    runner = CliRunner(env={"COLUMNS": "200"})
+    stale, half, young = (folder.parent / name for name in ("0" * 16, f".{folder.name}.a", f".{folder.name}.b"))
+    for path in (stale, half, young):
+        path.mkdir()
+        (path / WEIGHTS).write_bytes(b"1234")
+    os.utime(half, (0, 0))  # begun long ago; the other may be another process's, which still writes
+
+    shown = runner.invoke(app, ["engines", "list", str(own.folder)])
+    assert shown.exit_code == 0, shown.output
+    assert "it is of another graph or other weights" in shown.output
+    listed = json.loads(runner.invoke(app, ["engines", "list", str(own.folder), "--json"]).stdout)["caches"]
+    assert [each["component"] for each in listed] == [NAME] * 4
+    assert sum(each["size"] for each in listed) > (folder / WEIGHTS).stat().st_size
+
+    assert "would remove 2, 8 B" in runner.invoke(app, ["engines", "prune", str(own.folder), "--dry-run"]).output
+    assert "removed 2, 8 B" in runner.invoke(app, ["engines", "prune", str(own.folder)]).output
+    assert sorted(folder.parent.iterdir()) == sorted([folder, young])
+    assert kept(folder) is not None
+
+    assert "removed 2" in runner.invoke(app, ["engines", "prune", str(own.folder), "--all"]).output
+    assert not (own.folder / "engines" / "caches").exists()
+    assert "removed 0, 0 B" in runner.invoke(app, ["engines", "prune", str(own.folder), "--all"]).output
