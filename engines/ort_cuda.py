@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from .cuda import Device
 from .errors import BackendError
+from .providers import import_quietly
 from .session import Array
 from .spec import TensorSpec
 
@@ -174,8 +175,6 @@ class CudaRuns:
 
 def run_options(graph: str) -> Any:
     """Settings of a run that captures or replays the graph of a number."""
-    import onnxruntime  # type: ignore[import-untyped, unused-ignore]
-
-    options = onnxruntime.RunOptions()
+    options = import_quietly().RunOptions()
     options.add_run_config_entry(GRAPH_ID, graph)
     return options
