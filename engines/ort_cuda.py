@@ -139,18 +139,17 @@ class CudaRuns:
 
     def _bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
         """Addresses of inputs and of those outputs that there is memory for; ONNX Runtime allocates the others."""
-        binding, device = self._session.io_binding(), self._device
+        binding = self._session.io_binding()
         for name, array in inputs.items():
-            place = ("cuda", device.index, array.dtype.type, array.shape)
-            binding.bind_input(name, *place, device.address(array))
+            binding.bind_input(name, *self._place(array))
         for spec in self._outputs:
-            if spec.name in outputs:
-                array = outputs[spec.name]
-                place = ("cuda", device.index, array.dtype.type, array.shape)
-                binding.bind_output(spec.name, *place, device.address(array))
-            else:
-                binding.bind_output(spec.name, "cuda", self._index)
+            known = spec.name in outputs
+            binding.bind_output(spec.name, *(self._place(outputs[spec.name]) if known else ("cuda", self._index)))
         return binding
+
+    def _place(self, array: Array) -> tuple[Any, ...]:
+        """Device, type, shape and address, as ONNX Runtime takes them."""
+        return "cuda", self._device.index, array.dtype.type, array.shape, self._device.address(array)
 
     def _run(self, binding: Any, options: Any) -> None:
         """Wait for what was queued, because ONNX Runtime reads on a stream of its own; then run, and wait for that."""

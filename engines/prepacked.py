@@ -54,7 +54,8 @@ def kept(folder: Path) -> Path | None:
     try:
         record = json.loads((folder / RECORD).read_bytes())
         sizes = {name: (folder / name).stat().st_size for name in record["sizes"]}
-        whole = sizes == record["sizes"] and sha256_file(folder / GRAPH) == record["sha256"]
+        own = {GRAPH} <= sizes.keys() <= {GRAPH, WEIGHTS}  # small weights are in the graph
+        whole = own and sizes == record["sizes"] and sha256_file(folder / GRAPH) == record["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return folder / GRAPH if whole else None

@@ -68,13 +68,13 @@ def list_engines(bundle: BundleArgument, json: Json = False) -> None:
 
 def prune(
     bundle: BundleArgument,
-    everything: Annotated[bool, typer.Option("--all", help="Remove engines that can be used, too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove engines and caches that can be used, too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
     json: Json = False,
 ) -> None:
     """Remove engines and caches that no longer fit the bundle or the installed builder, and what broken builds left.
 
-    An engine for a GPU that this machine does not have is kept. With --all, what `cache=on` keeps goes too.
+    An engine for a GPU that this machine does not have is kept. So are caches of other versions of a library.
     """
     from ..engines.bundle import open_bundle
     from ..engines.caches import caches, remove

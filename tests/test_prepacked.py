@@ -109,8 +109,13 @@ def test_what_is_damaged_is_made_again(damage: str, own: Bundle) -> None:
 def test_a_record_names_nothing_outside_of_its_folder(own: Bundle) -> None:
     outputs(own, cache="on")
     (folder,) = folders(own)
-    (folder / prepacked.RECORD).write_text('{"sizes": {"../../x": 1}, "sha256": ""}')
-    assert kept(folder) is None
+    record = json.loads((folder / prepacked.RECORD).read_text())
+    (folder.parent / "x").write_bytes(b"1")
+    for sizes in ({**record["sizes"], "../x": 1}, {}, {WEIGHTS: record["sizes"][WEIGHTS]}):
+        (folder / prepacked.RECORD).write_text(json.dumps({**record, "sizes": sizes}))
+        assert kept(folder) is None
+    (folder / prepacked.RECORD).write_text(json.dumps(record))
+    assert kept(folder) is not None
 
 
 def test_where_it_cannot_be_written_it_runs_without(own: Bundle) -> None:
